@@ -1,0 +1,124 @@
+"""Worked arithmetic word problems with checkable answers: unlimited, seeded, split by construction.
+
+A problem is one addition of two numbers below 100, worked digit column by digit column:
+
+    Mia has 27 apples. She buys 35 more. How many apples does she have now?
+    Start with 27 apples and add 35. Ones: 7+5=12, write 2, carry 1. Tens: 2+3+1=6. So 27+35=62. The answer is 62.
+
+One pair of numbers in ten is held out (`is_held_out`): a held-out problem's sum was never seen in training, whatever
+names and things dress it. Run this file to write JSONL:
+
+    python examples/tiny-zaya/problems.py --split train --count 20000 --seed 1 --out train.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Split = Literal["train", "held_out"]
+
+_PEOPLE = {
+    "Mia": "She", "Tom": "He", "Ana": "She", "Ben": "He", "Eva": "She", "Leo": "He", "Zoe": "She", "Max": "He",
+    "Ida": "She", "Sam": "He", "Kim": "She", "Jim": "He",
+}  # fmt: skip
+_THINGS = ["apples", "books", "cards", "coins", "eggs", "pens", "shells", "stones", "cups", "plums"]
+_GAINS = ["buys", "finds", "gets", "makes", "wins", "picks"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question (the prompt, ending in a newline), its worked solution and its answer."""
+
+    prompt: str
+    solution: str
+    answer: int
+
+    @property
+    def text(self) -> str:
+        """The whole document, as it is trained on."""
+        return self.prompt + self.solution
+
+
+def is_held_out(a: int, b: int) -> bool:
+    """Whether the unordered pair of numbers belongs to the held-out tenth.
+
+    >>> is_held_out(3, 4) == is_held_out(4, 3)
+    True
+    """
+    low, high = sorted((a, b))
+    return (37 * low + 11 * high) % 10 == 3
+
+
+def problem(rng: random.Random, split: Split) -> Problem:
+    """Draws one problem of a split.
+
+    >>> p = problem(random.Random(0), "train")
+    >>> answer_of(p.solution) == p.answer
+    True
+    """
+    while True:
+        a, b = rng.randrange(1, 100), rng.randrange(1, 100)
+        if is_held_out(a, b) == (split == "held_out"):
+            break
+    name = rng.choice(sorted(_PEOPLE))
+    pronoun, thing, gains = _PEOPLE[name], rng.choice(_THINGS), rng.choice(_GAINS)
+    prompt = (
+        f"{name} has {a} {thing}. {pronoun} {gains} {b} more. How many {thing} does {pronoun.lower()} have now?\n"
+    )
+    return Problem(prompt, _worked(a, b, thing), a + b)
+
+
+def _worked(a: int, b: int, thing: str) -> str:
+    ones = a % 10 + b % 10
+    carry = ones // 10
+    tens = a // 10 + b // 10 + carry
+    return (
+        f"Start with {a} {thing} and add {b}. "
+        f"Ones: {a % 10}+{b % 10}={ones}, write {ones % 10}, carry {carry}. "
+        f"Tens: {a // 10}+{b // 10}+{carry}={tens}. "
+        f"So {a}+{b}={a + b}. The answer is {a + b}."
+    )
+
+
+def problems(split: Split, seed: int) -> Iterator[Problem]:
+    """An endless stream of problems; the same seed gives the same stream."""
+    rng = random.Random(f"{split}-{seed}")
+    while True:
+        yield problem(rng, split)
+
+
+def answer_of(solution: str) -> int | None:
+    """The number a solution ends on, or None where it states none.
+
+    >>> answer_of("So 2+3=5. The answer is 5.")
+    5
+    """
+    found = re.search(r"The answer is (\d+)\.", solution)
+    return int(found.group(1)) if found else None
+
+
+def main() -> None:
+    """Writes problems as JSONL rows with `text`, `prompt` and `answer`."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--split", choices=["train", "held_out"], required=True)
+    parser.add_argument("--count", type=int, required=True, help="number of problems")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="JSONL file to write")
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    stream = problems(args.split, args.seed)
+    with args.out.open("w") as file:
+        for _ in range(args.count):
+            p = next(stream)
+            file.write(json.dumps({"text": p.text, "prompt": p.prompt, "answer": p.answer}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""`zconvert inspect`: the view for people at 80 columns, and one JSON document for programs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from tests.checkpoint.tiny import make_checkpoint
+from zconvert.cli import inspect, ui
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("made") / "zaya", "zaya")
+
+
+def run(*arguments: object) -> Result:
+    """Runs the command as the console command does."""
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(ui.handled(inspect.command))
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def changed(checkpoint: Path, folder: Path, **changes: Any) -> Path:
+    """A folder with the same weights and another config.json."""
+    folder.mkdir()
+    for path in checkpoint.iterdir():
+        (folder / path.name).hardlink_to(path)
+    config = {**json.loads((checkpoint / "config.json").read_text()), **changes}
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_the_view_has_the_facts_and_fits_80_columns(checkpoint: Path) -> None:
+    result = run(checkpoint)
+    assert result.exit_code == 0
+    assert "Can be converted" in result.stdout
+    assert "60 tokens in 64 embedding rows (4 spare), tied to the head" in result.stdout
+    assert "<mask>, id 60: a spare embedding row" in result.stdout
+    assert "4 a layer, 1 for a token" in result.stdout
+    *view, command, _ = result.stdout.split("\n")
+    assert max(map(len, view)) <= 80
+    assert command == f"Next: zconvert convert-init {checkpoint} --out zaya-tidar-init"
+    assert result.stderr == ""
+
+
+def test_json_is_one_document_and_nothing_else(checkpoint: Path) -> None:
+    result = run(checkpoint, "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["mask_token"]["id"] == 60
+    assert result.stderr == ""
+
+
+def test_a_refused_checkpoint_is_shown_with_the_reason_and_exit_0(checkpoint: Path, tmp_path: Path) -> None:
+    folder = changed(checkpoint, tmp_path / "mamba", layer_types=["full_attention", "mamba"])
+    result = run(folder)
+    assert result.exit_code == 0
+    assert "Cannot be converted: layers of type mamba" in result.stdout
+    assert "Next:" not in result.stdout
+    assert json.loads(run(folder, "--json").stdout)["verdict"] == "refused"
+
+
+def test_a_converted_checkpoint_shows_its_settings(checkpoint: Path, tmp_path: Path) -> None:
+    settings = {"block_size": 4, "mask_token_id": 60, "base_model": "org/base", "proposals": [1, 3]}
+    result = run(changed(checkpoint, tmp_path / "run", tidar=settings))
+    assert "Converted from org/base, not trained yet" in result.stdout
+    assert "blocks of 4, proposals after 1, 3 accepted tokens" in result.stdout
+    trained = run(changed(checkpoint, tmp_path / "trained", tidar={**settings, "stages": ["midtrain"]}))
+    assert "trained by midtrain" in trained.stdout
+    assert "Next: zconvert generate" in trained.stdout
+
+
+def test_what_a_stranger_wrote_is_shown_as_text(checkpoint: Path, tmp_path: Path) -> None:
+    settings = {"block_size": 4, "mask_token_id": 60, "mask_token": "[MASK]", "base_model": "\x1b[31m[red]x"}
+    result = run(changed(checkpoint, tmp_path / "odd", tidar=settings, architectures=["[bold]A\x07"]))
+    assert "[MASK], id 60" in result.stdout
+    assert "[red]x" in result.stdout
+    assert "[bold]A" in result.stdout
+    assert not {"\x1b", "\x07"} & set(result.stdout)
+
+
+def test_a_config_that_says_nothing_is_still_shown(checkpoint: Path, tmp_path: Path) -> None:
+    folder = changed(checkpoint, tmp_path / "bare")
+    (folder / "config.json").write_text("{}")
+    result = run(folder)
+    assert result.exit_code == 0
+    assert "Layers      unknown" in result.stdout
+
+
+def test_a_mistake_is_one_message_on_stderr_and_exit_1(tmp_path: Path) -> None:
+    result = run(tmp_path / "missing", "--json")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert "no such folder" in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+
+
+def test_a_checkpoint_must_be_named() -> None:
+    assert run().exit_code == 2

@@ -1,0 +1,226 @@
+"""Finding a checkpoint: a local folder, a training run's folder, or a Hub id. Nothing of it is trusted unread."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zconvert.checkpoint.headers import Headers, read_headers
+from zconvert.checkpoint.hub import Progress, fetch, fetch_headers
+from zconvert.errors import UserError
+from zconvert.tidar.settings import TidarSettings
+
+CONFIG_FILE = "config.json"
+RUN_CHECKPOINT = "checkpoint"
+"""a training run keeps its finished checkpoint in this folder"""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_CACHED = re.compile(r"models--(?P<org>.+?)--(?P<name>.+)")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that is on disk now.
+
+    Args:
+        folder: where its files are.
+        name: its Hub id, or the name of its folder.
+        revision: the commit, where it comes from the Hub.
+        headers: its tensors, where the weights themselves were not fetched.
+    """
+
+    folder: Path
+    name: str
+    revision: str | None = None
+    headers: Headers | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def argument(self) -> str:
+        """What to type to mean this checkpoint, quoted for a shell."""
+        return shlex.quote(self.name if self.revision else str(self.folder))
+
+
+def resolve(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    weights: bool = True,
+    on_progress: Progress | None = None,
+) -> Source:
+    """Finds a checkpoint by what the user typed, and fetches it where it is on the Hub.
+
+    Args:
+        name: a checkpoint's folder, a training run's folder (meaning its `checkpoint/`), or a Hub id `org/name`. A
+            folder that exists comes first.
+        revision: branch, tag or commit on the Hub; `main` where None.
+        token: access token; the one that `hf auth login` stored where None.
+        weights: False fetches headers only, by ranged requests, instead of whole weight files.
+        on_progress: told about the download.
+
+    Raises:
+        UserError: there is no such checkpoint, it cannot be had, or it is none.
+    """
+    text = str(name)
+    folder = Path(text).expanduser()
+    if _exists(folder):
+        if revision is not None:
+            raise UserError(
+                f"a revision was given for the local folder {text}",
+                found=f"--revision {revision}",
+                expected="a revision for a Hub id only",
+                fix="leave it out, or give the Hub id",
+            )
+        return _local(folder)
+    if _HUB_ID.fullmatch(text):
+        folder, commit = fetch(text, revision=revision, token=token, weights=weights, on_progress=on_progress)
+        read_config(folder)
+        return Source(folder, text, commit, None if weights else fetch_headers(folder, text, commit, token))
+    raise UserError(
+        f"{text}: no such folder",
+        found="nothing there" if _exists(folder.parent) else f"no folder {folder.parent} either",
+        expected="a checkpoint's folder, a training run's folder, or a Hub id such as Qwen/Qwen3-30B-A3B",
+        fix="check the spelling",
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads `config.json`.
+
+    Raises:
+        UserError: there is none, or it is not a JSON object.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise _no_checkpoint(folder) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read", found=error.strerror, fix="check its permissions") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} is not JSON", found=error, expected="a JSON object", fix="download or copy the file again"
+        ) from error
+    if not isinstance(config, dict):
+        raise UserError(
+            f"{path} is not a model's configuration",
+            found=f"a JSON {type(config).__name__}",
+            expected="a JSON object",
+            fix="download or copy the file again",
+        )
+    return config
+
+
+def tidar_settings(config: dict[str, Any]) -> TidarSettings | None:
+    """The `tidar` section of a config, or None where the checkpoint is not converted.
+
+    Raises:
+        UserError: the section is there and cannot be used.
+    """
+    section = config.get("tidar")
+    if section is None:
+        return None
+    fix = "convert the source again with `zconvert convert-init`, or mend the section by hand"
+    if not isinstance(section, dict):
+        raise UserError(
+            "the tidar section of config.json is malformed", found=repr(section), expected="a JSON object", fix=fix
+        )
+    try:
+        settings = TidarSettings.from_dict(section)
+    except (ValueError, TypeError) as error:
+        raise UserError("the tidar section of config.json cannot be used", found=error, fix=fix) from error
+    rows = config.get("vocab_size")
+    if isinstance(rows, int) and settings.mask_token_id >= rows:
+        raise UserError(
+            "the tidar section of config.json names a mask token that the model has no row for",
+            found=f"mask_token_id {settings.mask_token_id}",
+            expected=f"an id below vocab_size, {rows}",
+            fix=fix,
+        )
+    return settings
+
+
+def require_converted(source: Source) -> TidarSettings:
+    """The settings of a converted checkpoint.
+
+    Raises:
+        UserError: it is not converted yet.
+    """
+    settings = tidar_settings(read_config(source.folder))
+    if settings is None:
+        raise UserError(
+            f"{source.name} is not converted",
+            found="no tidar section in its config.json",
+            expected="a checkpoint that convert-init or midtrain wrote",
+            fix=f"zconvert convert-init {source.argument} --out DIR",
+        )
+    return settings
+
+
+def headers_of(source: Source) -> Headers:
+    """The checkpoint's tensors, from its files or as they were fetched with it.
+
+    Raises:
+        UserError: the weights are not there, or a file is damaged.
+    """
+    return source.headers or read_headers(source.folder)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:  # no permission to look, a name that is too long
+        raise UserError(f"{path} cannot be opened", found=error.strerror, fix="check path and permissions") from error
+
+
+def _local(folder: Path) -> Source:
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} is a file",
+            expected="a checkpoint's folder, with config.json and *.safetensors",
+            fix=f"give the folder: {folder.parent}",
+        )
+    checkpoint = folder / RUN_CHECKPOINT
+    if not (folder / CONFIG_FILE).exists():
+        if (checkpoint / CONFIG_FILE).exists():
+            folder = checkpoint
+        elif (folder / "train_state").is_dir() or (folder / "metrics.jsonl").exists():
+            raise UserError(
+                f"{folder} is a training run without a checkpoint yet",
+                found=f"no folder {checkpoint}",
+                expected="a finished run",
+                fix="finish it: run `zconvert midtrain` with its recipe again, which resumes",
+            )
+    read_config(folder)
+    name, revision = _identity(folder)
+    return Source(folder, name, revision)
+
+
+def _identity(folder: Path) -> tuple[str, str | None]:
+    """Name and commit of a local folder; a snapshot in the Hub's cache keeps its Hub id."""
+    absolute = folder.absolute()
+    cached = _CACHED.fullmatch(absolute.parent.parent.name)
+    if cached and absolute.parent.name == "snapshots":
+        return f"{cached['org']}/{cached['name']}", absolute.name
+    absolute = folder.resolve()
+    if absolute.name == RUN_CHECKPOINT:  # says nothing: the folder around it names the model or the run
+        absolute = absolute.parent
+    return absolute.name, None
+
+
+def _no_checkpoint(folder: Path) -> UserError:
+    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    found, fix = f"no {CONFIG_FILE}", "give the folder that has config.json and the weights"
+    if "adapter_config.json" in names:
+        found, fix = "a LoRA adapter", "merge the adapter into its base model first (peft: `merge_and_unload`)"
+    elif "model_index.json" in names:
+        found, fix = "a diffusers pipeline", "zconvert converts language models only"
+    elif any(name.endswith(".gguf") for name in names):
+        found, fix = "GGUF weights", "give the original checkpoint in the Hugging Face layout"
+    elif not names:
+        found = "an empty folder"
+    return UserError(f"{folder} is not a checkpoint", found=found, expected=f"a folder with {CONFIG_FILE}", fix=fix)

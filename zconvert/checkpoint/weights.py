@@ -1,0 +1,259 @@
+"""Weight files: written tensor by tensor under the names, shards and types of the checkpoint that they come from."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from zconvert.checkpoint.folder import copy_companions, new_folder
+from zconvert.checkpoint.headers import DTYPE_BITS, INDEX_FILE, Headers, TensorInfo, read_headers
+from zconvert.checkpoint.json_patch import parse_json_object, patch_json, read_json_text
+from zconvert.checkpoint.mask_token import EMBEDDING_NAMES, HEAD_NAMES
+from zconvert.errors import UserError
+from zconvert.tidar.settings import TidarSettings
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_BY_OPTION = {"float32": "F32", "bfloat16": "BF16"}
+_LISTED = 5
+_CHUNK = 16 * 1024 * 1024
+
+
+def write_shard(
+    path: Path, tensors: Iterable[TensorInfo], metadata: Mapping[str, str], chunks: Callable[[str], Iterable[bytes]]
+) -> None:
+    """Writes one safetensors file, holding no more than one chunk of one tensor at a time.
+
+    Args:
+        path: the file to make; must not exist.
+        tensors: name, type and shape of each (their offsets are not read).
+        metadata: the file's `__metadata__`.
+        chunks: tensor name -> its bytes, in pieces.
+
+    Raises:
+        ValueError: a tensor has not the bytes that its type and shape ask for.
+    """
+    # Wide types first, as the safetensors library does: each tensor then begins at a multiple of its item's size.
+    ordered = sorted(tensors, key=lambda t: -DTYPE_BITS[t.dtype])
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for t in ordered:
+        start, end = end, end + _bytes(t)
+        header[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("xb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for t in ordered:
+            written = sum(file.write(chunk) for chunk in chunks(t.name))
+            if written != _bytes(t):
+                raise ValueError(f"{t.name}: {written} bytes written, {_bytes(t)} expected")
+
+
+def read_chunks(path: Path, tensor: TensorInfo) -> Iterator[bytes]:
+    """A tensor's bytes, in pieces."""
+    with path.open("rb") as file:
+        file.seek(tensor.start)
+        left = tensor.bytes
+        while left > 0:
+            chunk = file.read(min(left, _CHUNK))
+            if not chunk:
+                raise UserError(f"{path} is truncated", found="its end", expected=f"{left} bytes more of {tensor.name}")
+            left -= len(chunk)
+            yield chunk
+
+
+def index_patch(folder: Path, old: Headers, new: Iterable[TensorInfo]) -> str | None:
+    """The index with the totals of the new tensors; None where the checkpoint is one file."""
+    if not old.indexed:
+        return None
+    tensors = list(new)
+    text = read_json_text(folder / INDEX_FILE)
+    metadata = parse_json_object(text, INDEX_FILE).get("metadata")
+    totals: dict[str, Any] = {"total_size": sum(_bytes(t) for t in tensors)}
+    # Only the difference: the library counts tied weights once, whatever is on disk.
+    if isinstance(metadata, dict) and isinstance(metadata.get("total_parameters"), int):
+        grown = sum(t.items for t in tensors) - sum(t.items for t in old.tensors.values())
+        totals["total_parameters"] = metadata["total_parameters"] + grown
+    return patch_json(text, totals, inside=["metadata"], name=INDEX_FILE)
+
+
+def save_trained(
+    model: PreTrainedModel,
+    base: Path,
+    out: Path,
+    *,
+    settings: TidarSettings,
+    dtype: Literal["source", "float32", "bfloat16"] = "source",
+    extra_json: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a trained model as a checkpoint that looks like the one it was loaded from.
+
+    Tensor names, shards, configuration and tokenizer are the base's; the weights are the model's. Transformers keeps
+    other names in memory than on disk (experts are fused), so the model is saved by transformers into a temporary
+    folder, and its tensors are put from there into the base's layout.
+
+    Args:
+        model: the trained model, on any device.
+        base: folder of the checkpoint that it was loaded from.
+        out: folder to write; must not exist.
+        settings: written to the `tidar` section of `config.json`.
+        dtype: source keeps each tensor's type; float32 and bfloat16 change all, except that what the base keeps wider
+            than most of its tensors (routers' biases) stays wide.
+        extra_json: further JSON files to write, document by file name.
+
+    Raises:
+        UserError: `out` exists or cannot be written, or the model's tensors are not those of the base.
+    """
+    headers = read_headers(base)
+    targets = _with_types(headers, dtype)
+    texts = {"config.json": _config_patch(base, settings, dtype)}
+    index = index_patch(base, headers, targets.values())
+    if index is not None:
+        texts[INDEX_FILE] = index
+    for name, document in (extra_json or {}).items():
+        texts[name] = json.dumps(document, indent=2) + "\n"
+    with new_folder(out) as folder:
+        saved_folder = folder / ".saved"
+        _save_quietly(model, saved_folder)
+        saved = read_headers(saved_folder)
+        sources = _match(headers, saved)
+        for shard in headers.shards:
+            tensors = [t for t in targets.values() if t.shard == shard.name]
+            write_shard(folder / shard.name, tensors, shard.metadata, _converter(saved_folder, sources, targets))
+        shutil.rmtree(saved_folder)
+        copy_companions(base, folder, without=texts)
+        for name, text in texts.items():
+            (folder / name).write_bytes(text.encode())
+        check_written(folder, targets)
+
+
+def check_written(folder: Path, expected: Mapping[str, TensorInfo]) -> None:
+    """Reads the headers of what was written and compares.
+
+    Raises:
+        ValueError: a tensor is missing, or has another type or shape.
+    """
+    written = read_headers(folder).tensors
+    wrong = [n for n, t in expected.items() if n not in written or _form(written[n]) != _form(t)]
+    if wrong or len(written) != len(expected):
+        raise ValueError(f"{folder}: tensors were not written as planned: {wrong[:_LISTED]}")
+
+
+def _form(tensor: TensorInfo) -> tuple[str, tuple[int, ...], str]:
+    return tensor.dtype, tensor.shape, tensor.shard
+
+
+def _bytes(tensor: TensorInfo) -> int:
+    return math.prod(tensor.shape) * DTYPE_BITS[tensor.dtype] // 8
+
+
+def _with_types(headers: Headers, dtype: str) -> dict[str, TensorInfo]:
+    """The base's tensors with the types to write them in."""
+    floats = [t for t in headers.tensors.values() if t.dtype in _FLOATS]
+    sizes = {d: sum(t.bytes for t in floats if t.dtype == d) for d in _FLOATS}
+    main = max(sizes, key=lambda d: sizes[d])
+    target = _BY_OPTION.get(dtype)
+
+    def type_of(t: TensorInfo) -> str:
+        kept_wide = target == "BF16" and t.dtype == "F32" and main in ("F16", "BF16")
+        return t.dtype if target is None or t.dtype not in _FLOATS or kept_wide else target
+
+    return {name: TensorInfo(name, type_of(t), t.shape, t.shard, 0, 0) for name, t in headers.tensors.items()}
+
+
+def _config_patch(base: Path, settings: TidarSettings, dtype: str) -> str:
+    text = read_json_text(base / "config.json")
+    changes: dict[str, Any] = {"tidar": settings.to_dict()}
+    if dtype != "source":
+        keys = [key for key in ("dtype", "torch_dtype") if key in parse_json_object(text, "config.json")]
+        changes |= dict.fromkeys(keys or ["dtype"], dtype)
+    return patch_json(text, changes, name="config.json")
+
+
+def _save_quietly(model: PreTrainedModel, folder: Path) -> None:
+    """`save_pretrained` without progress bars, and without its refusal of generation settings it finds odd."""
+    from transformers import GenerationConfig
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    settings, level = model.generation_config, logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        model.generation_config = GenerationConfig()  # the base's own file is used anyway
+        model.save_pretrained(folder)
+    finally:
+        model.generation_config = settings
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _match(base: Headers, saved: Headers) -> dict[str, TensorInfo]:
+    """Where each tensor of the base is among the saved ones.
+
+    Raises:
+        UserError: names or shapes differ, or a tensor is of a type that cannot be trained.
+    """
+    sources = dict(saved.tensors)
+    embedding = next((saved.tensors[name] for name in EMBEDDING_NAMES if name in saved.tensors), None)
+    for name in HEAD_NAMES:
+        if embedding is not None and name in base.tensors and name not in sources:
+            sources[name] = embedding  # a tied head, which the base keeps on disk and transformers does not
+    problems = [f"{name} is not in the model" for name in base.tensors if name not in sources]
+    problems += [f"{name} is not in the base" for name in sources if name not in base.tensors]
+    for name, t in base.tensors.items():
+        if name in sources and sources[name].shape != t.shape:
+            problems.append(f"{name} has shape {list(sources[name].shape)}, {list(t.shape)} in the base")
+        elif name in sources and t.dtype != sources[name].dtype and not {t.dtype, sources[name].dtype} <= {*_FLOATS}:
+            problems.append(f"{name} is {sources[name].dtype}, {t.dtype} in the base")
+    if problems:
+        more = [f"… and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+        raise UserError(
+            "the trained model does not have the tensors of its base",
+            found="; ".join(problems[:_LISTED] + more),
+            expected="the same names and shapes",
+            fix="train from a checkpoint that this version of transformers saves under the names it was loaded from",
+        )
+    return sources
+
+
+def _converter(
+    folder: Path, sources: Mapping[str, TensorInfo], targets: Mapping[str, TensorInfo]
+) -> Callable[[str], Iterator[bytes]]:
+    """Tensor name -> its bytes in the type to write."""
+    import torch
+    from safetensors import safe_open
+
+    def chunks(name: str) -> Iterator[bytes]:
+        source = sources[name]
+        if source.dtype == targets[name].dtype and source.dtype not in _FLOATS:
+            yield from read_chunks(folder / source.shard, source)
+            return
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(safe_open(str(folder / source.shard), framework="pt"))
+            tensor: torch.Tensor = file.get_tensor(source.name)
+            tensor = tensor.to(getattr(torch, _TORCH_NAMES[targets[name].dtype])).contiguous()
+            if not bool(torch.isfinite(tensor).all()):
+                raise UserError(
+                    f"the trained weights cannot be saved: {name} is not finite",
+                    found="NaN or infinity",
+                    expected="numbers that fit into " + targets[name].dtype,
+                    fix="train with a lower learning rate, or save in float32",
+                )
+            flat = tensor.reshape(-1).view(torch.uint8)
+            for start in range(0, flat.numel(), _CHUNK):
+                yield flat[start : start + _CHUNK].numpy().tobytes()
+
+    return chunks

@@ -1,0 +1,55 @@
+"""`zconvert export`: a converted checkpoint as a folder that runs without zconvert."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from zconvert.checkpoint.source import RUN_CHECKPOINT, resolve
+from zconvert.cli.ui import err, out, print_json
+
+RUN_RECIPE = "recipe.yaml"
+
+
+def command(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A converted checkpoint's folder, or a training run's folder.")
+    ],
+    output: Annotated[Path, typer.Option("--out", help="Folder to write; must not exist. Its name titles the card.")],
+    results: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What `zconvert bench --json` printed, for the model card.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
+) -> None:
+    """Write a folder to hand on: weights, tokenizer, model card, and the code for decoding with trust_remote_code."""
+    from zconvert.checkpoint.export import export
+    from zconvert.checkpoint.json_patch import parse_json_object, read_json_text
+
+    source = resolve(checkpoint)
+    recipe = source.folder.parent / RUN_RECIPE if source.folder.name == RUN_CHECKPOINT else None
+    measured = None if results is None else parse_json_object(read_json_text(results), str(results))
+    with err.status(Text(f"Exporting {checkpoint} …")) as status:
+        report = export(
+            source,
+            output,
+            recipe_text=read_json_text(recipe) if recipe is not None and recipe.is_file() else None,
+            results=measured,
+            on_shard=lambda name, n, count: status.update(Text(f"Copying {name} ({n} of {count}) …")),
+        )
+    if as_json:
+        print_json(report)
+    else:
+        _show(report)
+
+
+def _show(report: dict[str, Any]) -> None:
+    size = sum(shard["bytes"] for shard in report["weights"].values())
+    shards = "1 weight file" if len(report["weights"]) == 1 else f"{len(report['weights'])} weight files"
+    out.print(Text(f"Wrote {report['out']}"), soft_wrap=True)
+    out.print(Text(f"  weights  {shards}, {size / 1e9:.3g} GB, checksums in provenance.json"))
+    out.print(Text(f"  stages   {', '.join(report['stages']) or 'none: not trained yet'}"))
+    out.print(Text(f"  recipe   {'zconvert_config.yaml' if report['recipe'] else 'not found beside the checkpoint'}"))
+    out.print(Text(f"  licence  {report['license'] or 'not known from its files: look it up before you publish'}"))

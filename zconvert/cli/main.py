@@ -1,0 +1,75 @@
+"""The `zconvert` command: the list of commands, and nothing that takes time to import (torch comes in when needed)."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from zconvert import __version__
+from zconvert.cli import bench, convert_init, export, generate, inspect, midtrain, ui
+
+app = typer.Typer(
+    name="zconvert",
+    help="Turn an autoregressive Mixture-of-Experts checkpoint into a block-diffusion model, the TiDAR way.",
+    epilog="One after another: inspect → convert-init → midtrain → bench → generate → export. "
+    "Recipes to copy are in recipes/.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _examples(*lines: str) -> str:
+    # Typer joins the lines of a paragraph; an empty line between keeps each example on its own.
+    return "\n\n".join(["[bold]Examples[/bold]", *(f"  [cyan]$ {line}[/cyan]" for line in lines)])
+
+
+# In the order in which they are used; `--help` keeps it.
+app.command(
+    "inspect",
+    epilog=_examples("zconvert inspect Qwen/Qwen3-30B-A3B", "zconvert inspect ./my-checkpoint --json"),
+)(ui.handled(inspect.command))
+app.command(
+    "convert-init",
+    epilog=_examples(
+        "zconvert convert-init ./my-checkpoint --out ./my-tidar-init",
+        "zconvert convert-init recipes/quickstart/convert-init.yaml",
+    ),
+)(ui.handled(convert_init.command))
+app.command("midtrain", epilog=_examples("zconvert midtrain recipes/quickstart/midtrain.yaml"))(
+    ui.handled(midtrain.command)
+)
+app.command(
+    "generate",
+    epilog=_examples("zconvert generate ./my-run --prompt 'Mia has 27 apples.' --show-blocks"),
+)(ui.handled(generate.command))
+app.command("bench", epilog=_examples("zconvert bench ./my-run", "zconvert bench ./my-run --json > bench.json"))(
+    ui.handled(bench.command)
+)
+app.command("export", epilog=_examples("zconvert export ./my-run --out ./my-tidar-model"))(ui.handled(export.command))
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        ui.out.print(f"zconvert {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""What every command shares: the two consoles, JSON on stdout, and errors in a form people can act on."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from zconvert.errors import UserError
+
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 130
+
+out = Console(highlight=False)
+"""results: tables and text on stdout"""
+err = Console(stderr=True, highlight=False)
+"""progress and errors on stderr"""
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def print_json(document: Any) -> None:
+    """Writes one JSON document to stdout, plain: no colours, no line folding, ASCII, so that any pipe can read it.
+
+    Args:
+        document: what `json.dumps` takes; NaN and infinities are refused, since JSON has none.
+    """
+    sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+def handled(command: Command) -> Command:
+    """Wraps a command's function so that no error ends in a traceback (unless `ZCONVERT_DEBUG=1`).
+
+    A `UserError` exits 1 with what was found, what was expected and the fix; any other exception exits 1 with its one
+    line; Ctrl-C exits 130. Typer's own exits and usage errors (2) pass through, and so does a reader that closed the
+    pipe (`zconvert inspect X | head`).
+    """
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except UserError as error:
+            _print_traceback()
+            print_error(error)
+        except KeyboardInterrupt:
+            _print_traceback()
+            err.print("Interrupted.")
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            _print_unexpected(error)
+        except Exception as error:
+            if type(error).__module__.split(".")[0] in ("typer", "click"):
+                raise
+            _print_unexpected(error)
+        raise typer.Exit(EXIT_ERROR)
+
+    return run  # type: ignore[return-value]
+
+
+def print_error(error: UserError) -> None:
+    """Prints a `UserError` on stderr: a headline, then the found, expected and fix parts hanging under their names."""
+    _print_parts("Error", error.what, (("found", error.found), ("expected", error.expected), ("fix", error.fix)))
+
+
+def _print_unexpected(error: Exception) -> None:
+    _print_traceback()
+    line = " ".join(str(error).split())
+    what = f"{type(error).__name__}: {line}" if line else type(error).__name__
+    fix = (
+        None if _debugging() else "set ZCONVERT_DEBUG=1 to see where it happened, and report it if it looks like a bug"
+    )
+    _print_parts("Unexpected error", what, (("fix", fix),))
+
+
+def _print_parts(title: str, what: str, parts: tuple[tuple[str, str | None], ...]) -> None:
+    # Wrapped here rather than by rich, which breaks words longer than a line: a broken path cannot be copied.
+    width = max(40, err.width)
+    text = Text()
+    text.append(f"{title}: ", style="bold red")
+    text.append(_wrap(what, width, first=len(title) + 2, indent=2))
+    for name, part in parts:
+        if part is not None:
+            text.append(f"\n  {name + ':':<10}", style="bold")
+            text.append(_wrap(part, width, first=12, indent=12))
+    err.print(text, soft_wrap=True)
+
+
+def _wrap(text: str, width: int, *, first: int, indent: int) -> str:
+    """Folds each line of `text` to `width` columns; line one starts at column `first`, the others at `indent`."""
+    lines: list[str] = []
+    for number, line in enumerate(text.splitlines() or [""]):
+        lines += textwrap.wrap(
+            line,
+            width,
+            initial_indent=" " * (first if number == 0 else indent),
+            subsequent_indent=" " * indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        ) or [""]
+    return "\n".join(lines)[first:]
+
+
+def _debugging() -> bool:
+    return os.environ.get("ZCONVERT_DEBUG", "0") not in ("", "0")
+
+
+def _print_traceback() -> None:
+    if _debugging():
+        sys.stderr.write(traceback.format_exc())

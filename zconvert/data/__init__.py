@@ -1,0 +1,1 @@
+"""From files to packed rows: documents (text, tokens), then batches that can be resumed at any point."""

@@ -1,0 +1,30 @@
+"""The one exception that a user sees: what is wrong, what was found, what was expected, and the fix."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake or a circumstance that the user can mend; commands print it and exit 1, without a traceback.
+
+    Args:
+        what: the item and what is wrong with it, one sentence.
+        found: what was found there.
+        expected: what was expected instead.
+        fix: what the user can do about it.
+
+    >>> print(UserError("out is not empty", found="3 files", fix="choose another folder"))
+    out is not empty
+      found: 3 files
+      fix: choose another folder
+    """
+
+    def __init__(self, what: str, *, found: object = None, expected: object = None, fix: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.found = None if found is None else str(found)
+        self.expected = None if expected is None else str(expected)
+        self.fix = fix
+
+    def __str__(self) -> str:
+        parts = (("found", self.found), ("expected", self.expected), ("fix", self.fix))
+        return "\n".join([self.what, *(f"  {name}: {text}" for name, text in parts if text is not None)])

@@ -1,0 +1,165 @@
+"""What every token of a forward is: its position, what it may see, and which token precedes it. Pure tensors.
+
+A forward, in training or in decoding, is a row of tokens of two kinds. *Clean* tokens are text. *Mask slots* hold the
+mask token and predict, several at once, the text at their positions. One `Layout` says all that the rest needs to know
+of them, so that masks (masks.py) and convolutions (cca.py) follow one rule in training and decoding alike:
+
+    a token sees the clean tokens of its document at positions below its `clean_limit`,
+    and, if it is a mask slot, the mask slots of its own block.
+
+Source: TiDAR (arXiv 2511.08923), section 3; the predecessor index is ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PADDING = -1  # document id of padding: it forms a document of its own, never scored
+CLEAN = -1  # block id of clean tokens
+NO_PREDECESSOR = -1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """R rows of N tokens; every field is an int64 tensor of shape (R, N)."""
+
+    position_ids: Tensor
+    """place in the document, from 0"""
+    clean_limit: Tensor
+    """the token sees clean tokens at positions below this"""
+    block_ids: Tensor
+    """diffusion block of a mask slot, unique in its row; CLEAN for clean tokens"""
+    document_ids: Tensor
+    """nothing is seen across documents; PADDING for padding"""
+    predecessors: Tensor
+    """index in the row of the previous token of the text; NO_PREDECESSOR at the start of the row's text"""
+
+    @property
+    def is_masked(self) -> Tensor:
+        """(R, N) bool: the token is a mask slot."""
+        return self.block_ids != CLEAN
+
+    @property
+    def num_tokens(self) -> int:
+        """N, tokens in a row."""
+        return self.position_ids.shape[1]
+
+
+def packed_layout(document_ids: Tensor, block_size: int, offset: Tensor | int = 0) -> Layout:
+    """Lays out a packed training row `[x_0 … x_{T-1} | m_0 … m_{T-1}]`.
+
+    With T = 4, B = 2 and one document, a dot being hidden:
+
+        keys: x0 x1 x2 x3 | m0 m1 m2 m3
+        x0     1  .  .  . |  .  .  .  .
+        x1     1  1  .  . |  .  .  .  .
+        x2     1  1  1  . |  .  .  .  .
+        x3     1  1  1  1 |  .  .  .  .
+        m0     .  .  .  . |  1  1  .  .
+        m1     .  .  .  . |  1  1  .  .
+        m2     1  1  .  . |  .  .  1  1
+        m3     1  1  .  . |  .  .  1  1
+
+    Args:
+        document_ids: (R, T) int64; a document is a run of equal ids, PADDING marks padding.
+        block_size: B, mask slots in a block; the last block of a document may be shorter.
+        offset: phase of the blocks, in 0 … B-1: slot i of a document lies in block (i + offset) // B. One number, or
+            (R, T) equal within each document.
+
+    Returns:
+        Layout of (R, 2T).
+
+    >>> packed_layout(torch.tensor([[0, 0, 0, 1, 1]]), 2).position_ids.tolist()
+    [[0, 1, 2, 0, 1, 0, 1, 2, 0, 1]]
+    """
+    rows, length = document_ids.shape
+    index = torch.arange(length, device=document_ids.device).expand(rows, length)
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    document_start = torch.where(starts, index, 0).cummax(dim=1).values  # (R, T)
+    position = index - document_start
+    # Position in its document of the first slot of each slot's block.
+    block_start = ((position + offset) // block_size * block_size - offset).clamp_min(0)
+
+    clean_before = torch.where(position > 0, index - 1, NO_PREDECESSOR)
+    first_slot = position == block_start
+    before_block = torch.where(block_start > 0, document_start + block_start - 1, NO_PREDECESSOR)
+    mask_before = torch.where(first_slot, before_block, length + index - 1)
+    return Layout(
+        position_ids=torch.cat([position, position], dim=1),
+        clean_limit=torch.cat([position + 1, block_start], dim=1),
+        # The row index of a block's first slot names it uniquely in the row.
+        block_ids=torch.cat([torch.full_like(index, CLEAN), document_start + block_start], dim=1),
+        document_ids=torch.cat([document_ids, document_ids], dim=1),
+        predecessors=torch.cat([clean_before, mask_before], dim=1),
+    )
+
+
+def decode_layout(
+    committed: int, num_causal: int, proposals: tuple[int, ...], block_size: int, device: torch.device | None = None
+) -> Layout:
+    """Lays out one decoding forward `[c_0 … c_{m-1} | block for k_1 | block for k_2 …]` after `committed` tokens.
+
+    The causal tokens are the next token and its drafts (or, in prefill, the prompt). The block for accepted count k
+    has `block_size` mask slots at positions committed + k …, and sees the cache, the first k causal tokens and itself.
+    With m = 3, B = 2, proposals (1, 3), the cache not drawn:
+
+        keys: c0 c1 c2 | a0 a1 | b0 b1
+        c0     1  .  . |  .  . |  .  .
+        c1     1  1  . |  .  . |  .  .
+        c2     1  1  1 |  .  . |  .  .
+        a0     1  .  . |  1  1 |  .  .
+        a1     1  .  . |  1  1 |  .  .
+        b0     1  1  1 |  .  . |  1  1
+        b1     1  1  1 |  .  . |  1  1
+
+    Args:
+        committed: L, tokens in the cache.
+        num_causal: m, at least 1.
+        proposals: accepted counts that get a block, each in 1 … m.
+        block_size: B, mask slots in a block.
+        device: where the tensors are made.
+
+    Returns:
+        Layout of (1, m + B · len(proposals)). NO_PREDECESSOR stands for the last committed token.
+
+    >>> decode_layout(10, 3, (1, 3), 2).position_ids.tolist()
+    [[10, 11, 12, 11, 12, 13, 14]]
+    """
+    assert num_causal >= 1 and all(1 <= k <= num_causal for k in proposals), (num_causal, proposals)
+    # Plain lists: a few dozen numbers are made faster in Python than by a dozen tensor operations.
+    position = list(range(committed, committed + num_causal))
+    limit = [p + 1 for p in position]
+    block = [CLEAN] * num_causal
+    before = list(range(-1, num_causal - 1))
+    for k in proposals:
+        first = len(position)
+        position += range(committed + k, committed + k + block_size)
+        limit += [committed + k] * block_size
+        block += [k] * block_size
+        before += [k - 1, *range(first, first + block_size - 1)]
+    table = torch.tensor([position, limit, block, [0] * len(position), before], device=device).unsqueeze(1)  # (5, 1, N)
+    return Layout(*table.unbind(0))
+
+
+def with_committed(layout: Layout, committed: int) -> Layout:
+    """The keys of a decoding forward: the `committed` tokens of the cache, then the forward's own tokens.
+
+    Returns:
+        Layout of (1, committed + N). Predecessors are left as they were: keys have no use for them.
+    """
+    cached = torch.arange(committed, device=layout.position_ids.device).unsqueeze(0)
+
+    def prepend(values: Tensor, field: Tensor) -> Tensor:
+        return torch.cat([values, field], dim=1)
+
+    return Layout(
+        position_ids=prepend(cached, layout.position_ids),
+        clean_limit=prepend(cached + 1, layout.clean_limit),
+        block_ids=prepend(torch.full_like(cached, CLEAN), layout.block_ids),
+        document_ids=prepend(torch.zeros_like(cached), layout.document_ids),
+        predecessors=layout.predecessors,
+    )

@@ -1,0 +1,86 @@
+"""The `tidar` section of `config.json`: what a converted checkpoint says of itself. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+FORMAT_VERSION = 1
+DEFAULT_BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True)
+class TidarSettings:
+    """Settings under the key `tidar` of `config.json`.
+
+    >>> TidarSettings(block_size=4, mask_token_id=9).default_proposals()
+    (1, 2, 3, 4)
+    """
+
+    block_size: int
+    """tokens per diffusion block"""
+    mask_token_id: int
+    """id of the mask token; never sampled"""
+    mask_token: str = "<mask>"
+    """its text in the tokenizer"""
+    mask_token_source: str = "existing"
+    """where its embedding row came from: existing, spare_row or grown"""
+    mode: str = "full"
+    """full: every weight was trained"""
+    block_offset: str = "zero"
+    """phase of training blocks in a document: zero (every document starts a block) or random"""
+    proposals: tuple[int, ...] | None = None
+    """accepted counts that get a proposal block in single-forward decoding, ascending; None: all, 1 to block_size"""
+    base_model: str | None = None
+    """the source checkpoint: Hub id, or folder name"""
+    base_revision: str | None = None
+    """its Hub commit, where known"""
+    stages: tuple[str, ...] = ()
+    """training stages gone through, in order"""
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"tidar.format_version is {self.format_version}, this version reads up to {FORMAT_VERSION}: upgrade"
+            )
+        if self.block_size < 1:
+            raise ValueError(f"tidar.block_size is {self.block_size}, expected at least 1")
+        if self.mask_token_id < 0:
+            raise ValueError(f"tidar.mask_token_id is {self.mask_token_id}, expected a token id")
+        if self.proposals is not None:
+            check_proposals(self.proposals, self.block_size)
+
+    def default_proposals(self) -> tuple[int, ...]:
+        """The proposal set to decode with where the caller names none."""
+        return self.proposals if self.proposals is not None else tuple(range(1, self.block_size + 1))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in JSON."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, section: dict[str, Any]) -> TidarSettings:
+        """Reads the section; keys of newer versions are ignored.
+
+        Raises:
+            ValueError: a key is missing or has a value that cannot work.
+        """
+        known = {f.name for f in fields(cls)}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in section.items() if k in known}
+        missing = {"block_size", "mask_token_id"} - values.keys()
+        if missing:
+            raise ValueError(f"tidar section lacks {', '.join(sorted(missing))}")
+        return cls(**values)
+
+
+def check_proposals(proposals: tuple[int, ...], block_size: int) -> tuple[int, ...]:
+    """Returns the proposal set sorted and without repeats.
+
+    Raises:
+        ValueError: it is empty, or an accepted count is not in 1 … block_size.
+    """
+    counts = tuple(sorted(set(proposals)))
+    if not counts or counts[0] < 1 or counts[-1] > block_size:
+        raise ValueError(f"proposals are {list(proposals)}, expected accepted counts from 1 to {block_size}")
+    return counts

@@ -1,0 +1,1 @@
+"""Diffusion mid-training: objective, loop, train state, and the stages of the recipe."""

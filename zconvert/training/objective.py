@@ -1,0 +1,135 @@
+"""The two losses of a packed row: next-token on the clean half, block diffusion on the mask half.
+
+`loss = (alpha · CE_AR + CE_diff) / (1 + alpha)`. A clean logit i predicts the token after it, a mask logit i its own
+token. Losses are sums over scored tokens; the caller divides by the count over its whole step, so that the result does
+not depend on how a step is cut into micro-batches. Source: TiDAR (arXiv 2511.08923), section 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..data.packing import Batch
+from ..tidar.layout import PADDING, packed_layout
+from ..tidar.model import LayoutModel
+
+
+@dataclass
+class LossSums:
+    """Sums over the scored tokens of some rows; add two to get those of both."""
+
+    ar: Tensor
+    """() summed cross-entropy of next-token prediction, nats; carries the gradient"""
+    diffusion: Tensor
+    """() summed cross-entropy of mask slots, nats; carries the gradient"""
+    slot_correct: Tensor
+    """(B,) mask slots whose likeliest token is right, by place in the block"""
+    slot_count: Tensor
+    """(B,) mask slots scored, by place in the block"""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is scored in a batch, known before any forward."""
+
+    ar: Tensor
+    """(R, T) bool: the token after this one is scored, and belongs to the same document"""
+    diffusion: Tensor
+    """(R, T) bool: this token is scored"""
+
+    @classmethod
+    def of(cls, batch: Batch) -> Targets:
+        """Scored tokens of a batch: `loss_mask`, never padding, nothing across documents."""
+        scored = batch.loss_mask & (batch.document_ids != PADDING)
+        follows = torch.zeros_like(scored)
+        follows[:, :-1] = scored[:, 1:] & (batch.document_ids[:, 1:] == batch.document_ids[:, :-1])
+        return cls(follows, scored)
+
+
+def packed_losses(
+    model: LayoutModel,
+    batch: Batch,
+    *,
+    mask_token_id: int,
+    block_size: int,
+    offset: Tensor | int = 0,
+    loss_chunk_size: int = 1024,
+) -> LossSums:
+    """Runs one packed forward of 2T tokens and sums both losses.
+
+    Args:
+        model: see LayoutModel.
+        batch: R rows of T tokens, on the model's device.
+        mask_token_id: fills the mask half.
+        block_size: B.
+        offset: phase of the blocks; see `packed_layout`.
+        loss_chunk_size: logits are made for so many tokens at a time.
+
+    Returns:
+        Sums, not means.
+    """
+    ids, length = batch.input_ids, batch.input_ids.shape[1]
+    layout = packed_layout(batch.document_ids, block_size, offset)
+    row = torch.cat([ids, torch.full_like(ids, mask_token_id)], dim=1)  # (R, 2T)
+    hidden = model.hidden_states(row, layout)
+    targets = Targets.of(batch)
+    next_ids = F.pad(ids[:, 1:], (0, 1))
+    ar, _ = cross_entropy_sum(model, hidden[:, :length][targets.ar], next_ids[targets.ar], loss_chunk_size)
+    diffusion, correct = cross_entropy_sum(
+        model, hidden[:, length:][targets.diffusion], ids[targets.diffusion], loss_chunk_size
+    )
+    slots = (layout.position_ids - layout.clean_limit)[:, length:][targets.diffusion]
+    return LossSums(
+        ar=ar,
+        diffusion=diffusion,
+        slot_correct=torch.bincount(slots[correct], minlength=block_size),
+        slot_count=torch.bincount(slots, minlength=block_size),
+    )
+
+
+def cross_entropy_sum(model: LayoutModel, hidden: Tensor, labels: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy in float32, without ever holding the logits of more than a chunk.
+
+    A chunk's logits are made again in the backward pass (activation checkpointing) where there is more than one.
+
+    Args:
+        model: its head is used.
+        hidden: (n, hidden).
+        labels: (n,) int64.
+        chunk_size: tokens in a chunk.
+
+    Returns:
+        () the sum, and (n,) bool: the likeliest token is the label.
+    """
+
+    def chunk_loss(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model.logits(hidden)
+        return F.cross_entropy(logits, labels, reduction="sum"), logits.detach().argmax(-1) == labels
+
+    if len(labels) <= chunk_size:
+        return chunk_loss(hidden, labels)
+    parts = [
+        checkpoint(chunk_loss, h, y, use_reentrant=False)
+        for h, y in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True)
+    ]
+    return torch.stack([loss for loss, _ in parts]).sum(), torch.cat([correct for _, correct in parts])
+
+
+def expected_accepted(slot_accuracy: list[float]) -> float:
+    """Tokens a forward yields if each slot's draft is right with its measured accuracy, independently.
+
+    The first slot is the anchor: its token is known. n = 1 + a_1 + a_1·a_2 + …
+
+    >>> expected_accepted([0.9, 0.5, 0.5])
+    1.75
+    """
+    total, chain = 1.0, 1.0
+    for accuracy in slot_accuracy[1:]:
+        chain *= accuracy
+        total += chain
+    return total

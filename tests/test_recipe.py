@@ -71,7 +71,7 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines(tmp_path: Path) -> 
     text = (
         "base_model: source\noutput_dir: 12\nmax_step: 10\nlearning_rate: fast\nlearning_rate: 1e-5\n"
         "lr_scheduler: cosin\ndatasets:\n  - path: a\n    feild: x\n  - b\n"
-        "diffusion:\n  alpha: yes\n  diffusion_fraction: 0\n"
+        "diffusion:\n  alpha: yes\n  block_offset: 0\n"
     )
     found = problems(tmp_path, text)
     assert [re.sub(r": .*|, did.*| \(opt.*", "", line) for line in found] == [
@@ -84,7 +84,7 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines(tmp_path: Path) -> 
         "datasets[0].feild (line 9) is not a known key",
         "datasets[1] (line 10) is 'b'",
         "diffusion.alpha (line 12) is true",
-        "diffusion.diffusion_fraction (line 13) is 0",
+        "diffusion.block_offset (line 13) is 0",
     ]
 
 

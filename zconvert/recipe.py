@@ -81,7 +81,7 @@ class ConvertInitRecipe(Recipe):
 
 
 class DatasetRecipe(_Section):
-    """One entry of `datasets:` or `eval_datasets:`."""
+    """One entry of `datasets:`."""
 
     path: Text = Field(
         description="a .jsonl file (one document a line), a .txt file (one document), or a folder of them"
@@ -99,14 +99,12 @@ class MidtrainDiffusion(_Section):
     block_offset: Literal["zero", "random"] = Field(
         "zero", description="phase of the blocks: zero starts one at each document, random draws it per document"
     )
-    diffusion_fraction: float = Field(1.0, gt=0, le=1, description="share of each row's blocks that get mask slots")
 
 
 class MidtrainRecipe(Recipe):
     """Recipe of `zconvert midtrain`."""
 
     datasets: list[DatasetRecipe] = Field(min_length=1, description="training documents, all of them in each epoch")
-    eval_datasets: list[DatasetRecipe] = Field([], description="held-out documents; the loss on them is reported")
 
     sequence_len: int = Field(1024, ge=2, description="clean tokens per row")
     sample_packing: bool = Field(True, description="several whole documents per row; false: one document per row")

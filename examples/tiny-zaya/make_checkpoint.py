@@ -138,7 +138,9 @@ def train(model: ZayaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int
         optimizer.step()
         tokens += sum(map(len, docs))
         if step % 50 == 0 or step == steps - 1:
-            print(f"step {step} loss {loss.item():.4f} tokens {tokens / 1e6:.2f}M {time.time() - start:.0f}s", flush=True)
+            print(
+                f"step {step} loss {loss.item():.4f} tokens {tokens / 1e6:.2f}M {time.time() - start:.0f}s", flush=True
+            )
 
 
 def main() -> None:

@@ -69,9 +69,7 @@ def problem(rng: random.Random, split: Split) -> Problem:
             break
     name = rng.choice(sorted(_PEOPLE))
     pronoun, thing, gains = _PEOPLE[name], rng.choice(_THINGS), rng.choice(_GAINS)
-    prompt = (
-        f"{name} has {a} {thing}. {pronoun} {gains} {b} more. How many {thing} does {pronoun.lower()} have now?\n"
-    )
+    prompt = f"{name} has {a} {thing}. {pronoun} {gains} {b} more. How many {thing} does {pronoun.lower()} have now?\n"
     return Problem(prompt, _worked(a, b, thing), a + b)
 
 

@@ -88,10 +88,11 @@ def test_steps_report_what_was_accepted_and_processed(walker: Pair) -> None:
     assert steps[0].accepted == BLOCK
 
 
-def test_without_a_proposal_for_what_was_accepted_the_next_step_drafts_nothing() -> None:
-    # Random weights accept one token a step, and proposals for four are then of no use: the text goes on all the same.
+def test_without_drafts_a_block_is_planned_for_one_token_though_the_set_lacks_it() -> None:
+    # Random weights accept one token a step, and proposals for four are of no use then: every other step has no draft.
     steps = run(shared_random_pair("mixtral"), [5, 9, 2], 12, proposals=(4,))
-    assert [step.tokens_in_forward for step in steps[2:]] == [1] * (len(steps) - 2)
+    assert {step.accepted for step in steps[1:]} == {1}
+    assert [step.tokens_in_forward for step in steps[1:7]] == [BLOCK + BLOCK, 1 + BLOCK] * 3
     assert len(text_of(steps)) == 12
 
 

@@ -72,4 +72,3 @@ class TidarCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Committed tokens."""
         return self.committed
-

@@ -89,6 +89,8 @@ class PredecessorAwareCCA(ZayaCCAProjection):
 
     def _convolve(self, raw_all: Tensor, gather: _Gather, length: int) -> Tensor:
         depthwise, grouped = self.conv_qk_depthwise, self.conv_qk_grouped
+        assert depthwise.bias is not None
+        assert grouped.bias is not None
         tap, dw = raw_all, raw_all * depthwise.weight[:, 0, -1] + depthwise.bias
         for width in range(2, self.depthwise_kernel_size + 1):
             tap = gather.before(tap)

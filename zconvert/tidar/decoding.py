@@ -104,7 +104,7 @@ def decode(
     cache = TidarCache()
     left = max_new_tokens
     causal, drafts, num_verified = prompt, None, 0  # in prefill nothing is verified: the prompt is given
-    proposals: tuple[int, ...] = (len(prompt),) if plan.proposals else ()
+    proposals = (len(prompt),) if plan.proposals and left > 2 else ()
     while True:
         forward = _forward(model, cache, causal, proposals, plan)
         first = len(causal) - 1 - num_verified  # hidden state that predicts the first draft's position
@@ -121,7 +121,7 @@ def decode(
         drafts = _next_drafts(model, forward, kept, left, plan, generator)
         num_verified = 0 if drafts is None else len(drafts.tokens)
         causal = [new[-1], *([] if drafts is None else drafts.tokens.tolist())]
-        proposals = tuple(k for k in plan.proposals if k <= min(len(causal), left - 1))
+        proposals = _plan_blocks(plan, len(causal), left)
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,17 @@ def _forward(
     ids = causal + [plan.mask_token_id] * (plan.block_size * len(proposals))
     hidden = model.hidden_states(torch.tensor([ids], device=model.device), layout, cache)
     return _Forward(hidden[0], len(causal), proposals)
+
+
+def _plan_blocks(plan: DecodePlan, num_causal: int, left: int) -> tuple[int, ...]:
+    """Accepted counts to plan a block for, of those that can come to pass.
+
+    After n tokens a draft has a use only if two more are wanted: itself and the token after it. Where the set has none
+    that fits (no drafts, so that n = 1, and 1 is not in the set), 1 stands in: decoding would go on without drafts.
+    """
+    if not plan.proposals or left <= 2:
+        return ()
+    return tuple(k for k in plan.proposals if k <= min(num_causal, left - 2)) or (1,)
 
 
 def _text_logits(model: LayoutModel, hidden: Tensor, plan: DecodePlan) -> Tensor:

@@ -129,7 +129,8 @@ def decode_layout(
     >>> decode_layout(10, 3, (1, 3), 2).position_ids.tolist()
     [[10, 11, 12, 11, 12, 13, 14]]
     """
-    assert num_causal >= 1 and all(1 <= k <= num_causal for k in proposals), (num_causal, proposals)
+    assert num_causal >= 1
+    assert all(1 <= k <= num_causal for k in proposals), (num_causal, proposals)
     # Plain lists: a few dozen numbers are made faster in Python than by a dozen tensor operations.
     position = list(range(committed, committed + num_causal))
     limit = [p + 1 for p in position]

@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from ..data.packing import Batch, PackedRows
-from ..errors import UserError
-from ..recipe import MidtrainRecipe
-from ..tidar.model import LayoutModel
-from ..tidar.settings import TidarSettings
-from .objective import LossSums, Targets, expected_accepted, packed_losses
-from .schedule import learning_rate_factor
-from .state import load_latest, load_state, save_state
+from zconvert.data.packing import Batch, PackedRows
+from zconvert.errors import UserError
+from zconvert.recipe import MidtrainRecipe
+from zconvert.tidar.model import LayoutModel
+from zconvert.tidar.settings import TidarSettings
+from zconvert.training.objective import LossSums, Targets, expected_accepted, packed_losses
+from zconvert.training.schedule import learning_rate_factor
+from zconvert.training.state import load_latest, load_state, save_state
 
 
 @dataclass(frozen=True)

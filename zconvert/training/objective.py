@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..data.packing import Batch
-from ..tidar.layout import PADDING, packed_layout
-from ..tidar.model import LayoutModel
+from zconvert.data.packing import Batch
+from zconvert.tidar.layout import PADDING, packed_layout
+from zconvert.tidar.model import LayoutModel
 
 
 @dataclass

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError
+from zconvert.errors import UserError
 
 _STEP = re.compile(r"step-(\d{8,})")
 

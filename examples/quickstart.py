@@ -1,0 +1,210 @@
+"""The main job from nothing: a small trained ZAYA becomes a diffusion model, is measured, and is exported.
+
+Everything is done by the commands that you would type; each is printed before it runs. What was measured, whatever it
+is, ends up in a table and in `out/quickstart/results.json`. From the repository's root:
+
+    .venv/bin/python examples/quickstart.py --out out/quickstart
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples" / "tiny-zaya"))
+
+from problems import Problem, answer_of, problems  # noqa: E402  # found by the line above
+
+SOURCE = Path("examples/tiny-zaya/checkpoint")
+RECIPES = Path("recipes/quickstart")
+DEFAULT_OUT = Path("out/quickstart")
+MARK = ".quickstart"
+TRAINING_PROBLEMS, BENCH_PROBLEMS, ACCURACY_PROBLEMS = 20_000, 50, 200
+MAX_NEW_TOKENS = 128  # a worked solution has less than 100 tokens
+
+# Aims on two CPU cores, after installation.
+AIM_TOKENS_PER_FORWARD, AIM_SPEEDUP, AIM_POINTS, AIM_SECONDS = 4.0, 2.0, 3.0, 480
+
+
+def main() -> None:
+    """Runs all steps; a step that fails ends the run with its exit code."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder of all results; an earlier run goes")
+    args = parser.parse_args()
+    out = args.out.resolve()
+    in_root = out.relative_to(ROOT) if out.is_relative_to(ROOT) else out
+    started = time.monotonic()
+    clear(out)
+
+    initial, training = recipe("convert-init.yaml", in_root), recipe("midtrain.yaml", in_root)
+    run_dir, train_file = paths_of(training)
+    prompts = out / "prompts.jsonl"
+    write_problems(train_file, "train", TRAINING_PROBLEMS)
+    write_problems(prompts, "held_out", BENCH_PROBLEMS)
+
+    zconvert("convert-init", initial)
+    zconvert("midtrain", training)
+    bench_file = out / "bench.json"
+    options = ("--max-new-tokens", MAX_NEW_TOKENS, "--json")
+    bench_file.write_text(zconvert("bench", run_dir, "--prompts", shown(prompts), *options, capture=True))
+    bench = json.loads(bench_file.read_text())["results"]
+    accuracies = {name: accuracy(folder, run_dir) for name, folder in (("source", SOURCE), ("converted", run_dir))}
+    zconvert("export", run_dir, "--out", in_root / "exported", "--results", shown(bench_file))
+
+    results = {
+        **{name: {"accuracy": value} for name, value in accuracies.items()},
+        "prompts": BENCH_PROBLEMS,
+        "ar": bench["ar"],
+        "lossless": bench["lossless"],
+        "mixed": bench["mixed"],
+        "seconds": time.monotonic() - started,
+    }
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    show(results, in_root / "results.json")
+
+
+def clear(out: Path) -> None:
+    """Makes the folder anew. One that is neither the default nor of an earlier run is left alone."""
+    if out.exists() and any(out.iterdir()) and out != ROOT / DEFAULT_OUT and not (out / MARK).exists():
+        sys.exit(f"{out} is not of an earlier quickstart: choose another --out, or remove it yourself")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / MARK).touch()
+
+
+def recipe(name: str, out: Path) -> Path:
+    """The recipe to run: the repository's own, or a copy with other paths where --out says so."""
+    path = RECIPES / name
+    if out == DEFAULT_OUT:
+        return path
+    copy = out / name
+    (ROOT / copy).write_text((ROOT / path).read_text().replace(str(DEFAULT_OUT), str(out)))
+    return copy
+
+
+def paths_of(training: Path) -> tuple[Path, Path]:
+    """Where the recipe trains, and the training file it reads."""
+    import yaml
+
+    settings = yaml.safe_load((ROOT / training).read_text())
+    return Path(settings["output_dir"]), ROOT / settings["datasets"][0]["path"]
+
+
+def write_problems(path: Path, split: Any, count: int) -> None:
+    """Writes problems as JSONL rows with `text`, `prompt` and `answer`."""
+    say(f"# {count:,} {split.replace('_', '-')} problems → {shown(path)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        for p in islice(problems(split, seed=1), count):
+            file.write(json.dumps({"text": p.text, "prompt": p.prompt, "answer": p.answer}) + "\n")
+
+
+def zconvert(*arguments: object, capture: bool = False) -> str:
+    """Runs one command and returns its stdout where captured; ends the whole run where it fails."""
+    words = [str(argument) for argument in arguments]
+    say("$ zconvert " + shlex.join(words))
+    stdout = subprocess.PIPE if capture else None
+    done = subprocess.run([sys.executable, "-m", "zconvert", *words], cwd=ROOT, stdout=stdout, text=True)
+    if done.returncode:
+        sys.exit(done.returncode if done.returncode > 0 else 128 - done.returncode)
+    return done.stdout or ""
+
+
+def accuracy(checkpoint: Path, converted: Path) -> float:
+    """Share of held-out problems that plain AR decoding, greedy, answers exactly.
+
+    Args:
+        checkpoint: the model to ask.
+        converted: names the mask token. It is a spare row in the source, which must not be chosen there either.
+    """
+    from zconvert.checkpoint.load import load_model
+    from zconvert.checkpoint.source import require_converted, resolve
+    from zconvert.tidar.acceptance import Sampling
+    from zconvert.tidar.decoding import DecodePlan, decode
+    from zconvert.tidar.model import LayoutModel
+
+    say(f"# answers of {checkpoint} to {ACCURACY_PROBLEMS} held-out problems, by plain AR decoding")
+    model, tokenizer = load_model(resolve(ROOT / checkpoint), dtype="float32", device="cpu")
+    end = frozenset({tokenizer.eos_token_id})
+    mask_token_id = require_converted(resolve(ROOT / converted)).mask_token_id
+    plan = DecodePlan.autoregressive(mask_token_id, Sampling(), end)
+    layout_model = LayoutModel(model)
+
+    def right(p: Problem) -> bool:
+        prompt = [tokenizer.bos_token_id, *tokenizer(p.prompt, add_special_tokens=False)["input_ids"]]
+        tokens = [token for step in decode(layout_model, prompt, plan, MAX_NEW_TOKENS) for token in step.tokens]
+        return answer_of(tokenizer.decode(tokens)) == p.answer
+
+    return sum(map(right, islice(problems("held_out", seed=7), ACCURACY_PROBLEMS))) / ACCURACY_PROBLEMS
+
+
+def show(results: dict[str, Any], path: Path) -> None:
+    """Prints what was measured beside what was aimed at."""
+    from rich.console import Console
+    from rich.table import Table
+
+    source, converted = results["source"]["accuracy"], results["converted"]["accuracy"]
+    lossless, mixed = results["lossless"], results["mixed"]
+    points, same = 100 * (converted - source), lossless["identical_prompts"]
+    per_forward = lossless["tokens_per_forward"]
+    rows: list[tuple[str, str, str, bool | None]] = [
+        ("Answers right, source", f"{source:.1%}", "", None),
+        (
+            "Answers right, converted (AR)",
+            f"{converted:.1%} ({points:+.1f} points)",
+            f"within {AIM_POINTS:g} points",
+            abs(points) <= AIM_POINTS + 1e-9,
+        ),
+        ("AR, tokens/s", f"{results['ar']['tokens_per_second']:.1f}", "", None),
+        (
+            "Lossless, tokens per forward",
+            f"{per_forward:.2f}",
+            f"≥ {AIM_TOKENS_PER_FORWARD}",
+            per_forward >= AIM_TOKENS_PER_FORWARD,
+        ),
+        ("Lossless, tokens/s", f"{lossless['tokens_per_second']:.1f}", "", None),
+        ("Lossless against AR", f"{lossless['speedup']:.2f}×", f"≥ {AIM_SPEEDUP}×", lossless["speedup"] >= AIM_SPEEDUP),
+        ("Lossless, same text as AR", f"{same}/{results['prompts']}", "all", same == results["prompts"]),
+        (
+            f"Mixed (w = {mixed['mix_weight']:g}), tokens per forward",
+            f"{mixed['tokens_per_forward']:.2f}",
+            "above lossless",
+            mixed["tokens_per_forward"] > per_forward,
+        ),
+        ("Mixed, tokens/s", f"{mixed['tokens_per_second']:.1f}", "", None),
+        ("Mixed against AR", f"{mixed['speedup']:.2f}×", "", None),
+        ("Seconds for all", f"{results['seconds']:.0f}", f"< {AIM_SECONDS}", results["seconds"] < AIM_SECONDS),
+    ]
+    table = Table(title="Quickstart")
+    table.add_column("Measured")
+    table.add_column("Result", justify="right")
+    table.add_column("Aim")
+    table.add_column("")
+    for name, result, aim, met in rows:
+        table.add_row(name, result, aim, {None: "", True: "[green]met[/]", False: "[red]missed[/]"}[met])
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"The same numbers: {path}", soft_wrap=True)
+
+
+def shown(path: Path) -> Path:
+    """A path as it is typed in the repository's root."""
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
+def say(line: str) -> None:
+    """Prints at once, so that the lines of the commands' own output come in order."""
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""`zconvert bench`: the table at 80 columns, one JSON document, and clear refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from tests.checkpoint.tiny import make_checkpoint
+from zconvert.checkpoint.graft import convert_init
+from zconvert.checkpoint.source import resolve
+from zconvert.cli import bench, ui
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    convert_init(resolve(make_checkpoint(folder / "zaya", "zaya")), folder / "converted", block_size=4)
+    return folder / "converted"
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "ten tall"}\n\n{"text": "seven men"}\n{"prompt": "the old stone"}\n')
+    return path
+
+
+def run(*arguments: object) -> Result:
+    """Runs the command as the console command does."""
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(ui.handled(bench.command))
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_json_is_one_document_and_nothing_else(converted: Path, prompts: Path) -> None:
+    options = (
+        "--num-prompts",
+        2,
+        "--max-new-tokens",
+        6,
+        "--mix-weight",
+        0.5,
+        "--mix-weight",
+        0.3,
+        "--proposals",
+        "1,3",
+    )
+    result = run(converted, "--prompts", prompts, *options, "--threads", 1, "--device", "cpu", "--json")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert list(document["results"]) == ["ar", "lossless", "mixed", "mixed:0.3"]
+    assert document["results"]["lossless"]["identical_prompts"] == document["prompts"] == 2
+    assert (document["checkpoint"], document["proposals"], document["dtype"]) == ("converted", [1, 3], "float32")
+
+
+def test_the_table_fits_80_columns_and_names_every_sampler(converted: Path, prompts: Path) -> None:
+    result = run(converted, "--prompts", prompts, "--max-new-tokens", 6, "--device", "cpu")
+    assert result.exit_code == 0, result.stderr
+    assert max(map(len, result.stdout.split("\n"))) <= 80
+    assert "3/3" in result.stdout
+    for name in ("AR", "lossless", "mixed, w = 0.5"):
+        assert name in result.stdout
+
+
+def test_it_says_plainly_when_plain_ar_is_faster(capsys: pytest.CaptureFixture[str]) -> None:
+    entry = {"tokens_per_forward": 1.0, "tokens_per_second": 9.0, "forward_ms": 1.0}
+    other = {**entry, "speedup": 0.5, "identical_prompts": 1, "accepted_histogram": {"1": 4, "2": 0}}
+    results = {"ar": entry, "lossless": other}
+    about = {"checkpoint": "c", "prompts": 1, "max_new_tokens": 5, "dtype": "float32", "device": "cpu", "threads": 1}
+    bench.show({**about, "block_size": 2, "proposals": [1], "temperature": 0.0, "results": results})
+    assert "Plain AR decoding is faster here than lossless." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("", "has no prompts"), ("{", "line 1 is not JSON"), ('{"prompt": "a"}\n{"question": 1}', "line 2 has no prompt")],
+)
+def test_a_bad_prompts_file_is_refused_with_its_line(converted: Path, tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(text)
+    result = run(converted, "--prompts", path, "--json")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert said in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [(("--block-size", 8), "2 to 4"), (("--proposals", "1,9"), "from 1 to 4")]
+)
+def test_settings_that_the_checkpoint_was_not_trained_for_are_refused(
+    converted: Path, options: tuple[object, ...], said: str
+) -> None:
+    result = run(converted, *options)
+    assert result.exit_code == 1
+    assert said in " ".join(result.stderr.split())

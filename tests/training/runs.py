@@ -1,0 +1,46 @@
+"""A tiny converted checkpoint and a recipe for it: a run of some seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.checkpoint.tiny import make_checkpoint
+from zconvert.checkpoint.graft import convert_init
+from zconvert.checkpoint.source import resolve
+
+TIMINGS = ("seconds", "tokens_per_second")
+
+
+def make_run(folder: Path, model_type: str = "zaya", **changes: Any) -> dict[str, Any]:
+    """Makes source, data and converted checkpoint in `folder`; returns the recipe's settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / "source"
+    make_checkpoint(source, model_type)
+    convert_init(resolve(str(source)), folder / "init", block_size=4)
+    texts = ["the cat sat on the mat. " * n for n in (1, 2, 3, 1, 2, 1, 3, 2)]
+    (folder / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return {
+        "base_model": str(folder / "init"),
+        "output_dir": str(folder / "run"),
+        "seed": 3,
+        "datasets": [{"path": str(folder / "data.jsonl")}],
+        "sequence_len": 32,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 30,
+        "learning_rate": 0.01,
+        "warmup_steps": 3,
+        "loss_chunk_size": 50,
+        "logging_steps": 1,
+        "save_steps": 4,
+        "diffusion": {"block_offset": "random"},
+        **changes,
+    }
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without what depends on the clock."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]

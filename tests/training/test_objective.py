@@ -1,0 +1,88 @@
+"""The losses: what is scored, and that neither chunks nor micro-batches change them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.contracts.models import shared_random_pair
+from zconvert.data.packing import Batch
+from zconvert.tidar.layout import PADDING
+from zconvert.training.loop import random_offsets
+from zconvert.training.objective import Targets, cross_entropy_sum, packed_losses
+
+BLOCK, MASK = 4, 63
+
+
+def _batch() -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 60, (2, 12), generator=generator)
+    documents = torch.tensor([[0] * 7 + [1] * 5, [0] * 9 + [PADDING] * 3])
+    loss_mask = torch.ones_like(ids, dtype=torch.bool)
+    loss_mask[0, :2] = False
+    return Batch(ids, documents, loss_mask)
+
+
+def test_padding_first_tokens_and_unscored_tokens_are_no_targets() -> None:
+    targets = Targets.of(_batch())
+    assert targets.diffusion.int().tolist() == [[0, 0] + [1] * 10, [1] * 9 + [0] * 3]
+    # A clean logit is scored where the token after it is, within the document.
+    assert targets.ar.int().tolist() == [[0, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 0], [1] * 8 + [0] * 4]
+
+
+@pytest.mark.parametrize("name", ["zaya_sliding", "qwen3_moe"])
+def test_the_ar_loss_is_the_plain_models_loss_on_each_document(name: str) -> None:
+    pair, batch = shared_random_pair(name), _batch()
+    with torch.no_grad():
+        sums = packed_losses(pair.layout, batch, mask_token_id=MASK, block_size=BLOCK)
+        expected = 0.0
+        for row, start, end, scored_from in ((0, 0, 7, 2), (0, 7, 12, 8), (1, 0, 9, 1)):
+            ids = batch.input_ids[row : row + 1, start:end]
+            losses = F.cross_entropy(pair.plain(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+            expected += losses[max(0, scored_from - start - 1) :].sum().item()
+    assert sums.ar.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_together_give_the_sum_of_the_rows_apart() -> None:
+    pair, batch = shared_random_pair("mixtral"), _batch()
+
+    def run(rows: slice) -> tuple[float, float, list[int]]:
+        part = Batch(batch.input_ids[rows], batch.document_ids[rows], batch.loss_mask[rows])
+        with torch.no_grad():
+            sums = packed_losses(pair.layout, part, mask_token_id=MASK, block_size=BLOCK)
+        return sums.ar.item(), sums.diffusion.item(), sums.slot_count.tolist()
+
+    both, first, second = run(slice(0, 2)), run(slice(0, 1)), run(slice(1, 2))
+    assert both[0] == pytest.approx(first[0] + second[0], rel=1e-5)
+    assert both[1] == pytest.approx(first[1] + second[1], rel=1e-5)
+    assert both[2] == [a + b for a, b in zip(first[2], second[2], strict=True)]
+    # Blocks of 4 in documents of 7, 5 and 9 tokens, the first two tokens not scored.
+    assert both[2] == [2 + 2 + 3 - 1, 2 + 1 + 2 - 1, 2 + 1 + 2, 1 + 1 + 2]
+
+
+def test_the_chunked_loss_is_the_plain_one_in_value_and_gradient() -> None:
+    model = shared_random_pair("qwen3_moe").layout
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(29, 32, generator=generator)
+    labels = torch.randint(60, (29,), generator=generator)
+    results = []
+    for chunk in (29, 7, 1):
+        inputs = hidden.clone().requires_grad_()
+        loss, correct = cross_entropy_sum(model, inputs, labels, chunk)
+        head = model.model.lm_head.weight
+        results.append((loss.detach(), *torch.autograd.grad(loss, [inputs, head]), correct))
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+
+
+def test_a_random_phase_is_one_for_each_document() -> None:
+    documents = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 0, 0, 0, 0, PADDING, PADDING]])
+    offsets = random_offsets(documents, 16, torch.Generator().manual_seed(0))
+    assert offsets.shape == documents.shape
+    for document in range(3):
+        assert len(set(offsets[0][documents[0] == document].tolist())) == 1
+    assert int(offsets.min()) >= 0
+    assert int(offsets.max()) < 16
+    assert len(set(offsets.flatten().tolist())) > 1

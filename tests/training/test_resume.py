@@ -1,0 +1,128 @@
+"""A run that was stopped and started again is the run that never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training.runs import make_run, metrics_of
+from zconvert.errors import UserError
+from zconvert.recipe import MidtrainRecipe
+from zconvert.training.stages import midtrain
+from zconvert.training.state import load_latest, save_state, states_in
+
+
+def _train(settings: dict[str, Any]) -> Path:
+    return midtrain(MidtrainRecipe(**settings), lambda _progress: None)
+
+
+def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "model.safetensors")
+
+
+def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    settings = make_run(folder, save_dtype="float32")
+    return settings, _train(settings)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_run_killed_and_started_again_equals_the_uninterrupted_one(
+    number: signal.Signals, uninterrupted: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    settings, expected = uninterrupted
+    run_dir = tmp_path / "run"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({**settings, "output_dir": str(run_dir)}))
+    command = [sys.executable, "-m", "zconvert", "midtrain", str(recipe)]
+
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=_environment())
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        written = (run_dir / "metrics.jsonl").read_bytes().count(b"\n") if (run_dir / "metrics.jsonl").exists() else 0
+        if written >= 9:
+            process.send_signal(number)
+            break
+        time.sleep(0.005)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), errors.decode()
+    assert not (run_dir / "checkpoint").exists()
+    assert len(metrics_of(run_dir)) < settings["max_steps"]
+
+    again = subprocess.run(command, capture_output=True, env=_environment(), timeout=120)
+    assert again.returncode == 0, again.stderr.decode()
+    assert b"continuing after step" in again.stderr
+    assert metrics_of(run_dir) == metrics_of(expected.parent)
+    assert _same(_weights(run_dir / "checkpoint"), _weights(expected))
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_another_seed_gives_another_run(uninterrupted: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    settings, expected = uninterrupted
+    other = _train({**settings, "seed": 4, "output_dir": str(tmp_path / "run")})
+    assert metrics_of(other.parent) != metrics_of(expected.parent)
+
+
+def test_a_complete_run_is_not_overwritten(uninterrupted: tuple[dict[str, Any], Path]) -> None:
+    with pytest.raises(UserError, match="this run is complete"):
+        _train(uninterrupted[0])
+
+
+def test_a_damaged_newest_state_falls_back_to_the_one_before(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_state(tmp_path, step, {"step": step}, keep=2)
+    newest = states_in(tmp_path)[-1][1] / "state.pt"
+    newest.write_bytes(newest.read_bytes()[:100])
+    warnings: list[str] = []
+    state = load_latest(tmp_path, warnings.append)
+    assert state == {"step": 1}
+    assert len(warnings) == 1
+    assert "damaged" in warnings[0]
+
+
+def test_only_the_newest_states_are_kept(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        save_state(tmp_path, step, {"step": step}, keep=2)
+    assert [step for step, _ in states_in(tmp_path)] == [4, 5]
+
+
+def test_a_state_that_holds_code_is_refused(tmp_path: Path) -> None:
+    folder = save_state(tmp_path, 1, {"step": 1}, keep=1)
+    torch.save({"step": Path("x")}, folder / "state.pt")
+    warnings: list[str] = []
+    assert load_latest(tmp_path, warnings.append) is None
+    assert warnings
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_state(tmp_path: Path) -> None:
+    settings = make_run(tmp_path, learning_rate=0.99, warmup_steps=0, max_grad_norm=1e30, max_steps=200)
+    settings |= {"adam_epsilon": 1e-30, "weight_decay": 0.0}
+    poisoned = tmp_path / "poisoned"
+    Path(settings["base_model"]).rename(poisoned)
+    weights = load_file(poisoned / "model.safetensors")
+    weights["model.norm.weight"].fill_(float("nan"))
+    from safetensors.torch import save_file
+
+    save_file(weights, poisoned / "model.safetensors", metadata={"format": "pt"})
+    settings["base_model"] = str(poisoned)
+    with pytest.raises(UserError, match="the loss is nan"):
+        _train(settings)
+    assert not (tmp_path / "run" / "checkpoint").exists()

@@ -1,0 +1,110 @@
+"""A checkpoint on disk -> a model and its tokenizer in memory, with nothing missing and nothing said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from zconvert.checkpoint.source import Source
+from zconvert.errors import UserError
+
+DTYPES = ("auto", "float32", "bfloat16")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
+    """Loads a checkpoint's model, in evaluation mode, and its tokenizer. No code of the checkpoint is run.
+
+    Args:
+        source: from `resolve`.
+        dtype: float32, bfloat16, or auto for the checkpoint's own.
+        device: cpu, cuda (or another name torch knows), or auto for a GPU where there is one.
+
+    Returns:
+        The `…ForCausalLM` and the tokenizer.
+
+    Raises:
+        UserError: the checkpoint cannot be loaded, a weight is missing, or the device cannot take it.
+    """
+    if dtype not in DTYPES:
+        raise UserError("there is no such dtype", found=dtype, expected=", ".join(DTYPES))
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = _device(device)
+    common: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    with _quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source.folder, **common)
+        except Exception as error:  # the tokenizers library raises bare Exceptions
+            raise _unloadable(source, "tokenizer", error) from error
+        try:
+            wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source.folder, dtype=wanted, output_loading_info=True, **common
+            )
+        except Exception as error:  # safetensors has an exception type of its own
+            raise _unloadable(source, "model", error) from error
+    # transformers fills missing weights with random numbers and goes on.
+    missing = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if missing:
+        raise UserError(
+            f"the weights of {source.name} do not fit its config.json",
+            found=f"{len(missing)} weights missing or of another shape, first {missing[0]}",
+            expected="every weight that the architecture has",
+            fix="download or copy the checkpoint again",
+        )
+    try:
+        model = model.to(place)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{source.name} does not fit into the memory of {place}",
+            found=str(error).split(". ")[0],
+            fix="use a smaller dtype (bfloat16), another device, or free the memory",
+        ) from error
+    return model.eval(), tokenizer
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError("there is no such device", found=name, expected=", ".join(DEVICES)) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "there is no CUDA device that torch can use",
+            found=f"torch {torch.__version__}",
+            fix="choose the device cpu, or install a CUDA build of torch and its driver",
+        )
+    return device
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers' progress bars and warnings away; a caller's own settings come back afterwards."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _unloadable(source: Source, part: str, error: Exception) -> UserError:
+    line = " ".join(str(error).split())
+    return UserError(
+        f"the {part} of {source.name} cannot be loaded",
+        found=f"{type(error).__name__}: {line[:300]}",
+        expected="a checkpoint that this version of transformers can load",
+        fix=f"look into {source.folder}; `zconvert inspect {source.argument}` tells what is there",
+    )

@@ -1,0 +1,245 @@
+"""`zconvert bench`: AR, lossless and mixed decoding of one checkpoint, on the same prompts in the same run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from zconvert.checkpoint.source import Source, require_converted, resolve
+from zconvert.cli.ui import err, out, print_json
+from zconvert.errors import UserError
+from zconvert.tidar.settings import TidarSettings, check_proposals
+
+BUILT_IN_PROMPTS = (
+    "The sun rises in the east and",
+    "To make a cup of tea, first",
+    "A list of the months of the year: January,",
+    "Once upon a time, in a small village by the sea,",
+    "Water boils when",
+    "The capital of France is Paris, and the capital of Italy is",
+    "Question: What is 12 plus 30?\nAnswer:",
+    "Dear Sir or Madam,\n",
+)
+"""used where the user names none"""
+
+_BARS = " ▁▂▃▄▅▆▇█"
+
+
+def command(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A converted checkpoint's folder, a run's folder, or a Hub id.")
+    ],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help='JSONL file, one {"prompt": …} (or {"text": …}) a line. Default: a few English sentences.'),
+    ] = None,
+    num_prompts: Annotated[int | None, typer.Option(min=1, help="Take only so many, from the start.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens for a prompt.")] = 128,
+    mix_weight: Annotated[
+        list[float] | None,
+        typer.Option(min=0.0, max=1.0, help="w of a mixed sampler; may be given several times.", show_default="0.5"),
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    proposals: Annotated[
+        str | None, typer.Option(metavar="1,3,5", help="Accepted counts that get a proposal block. Default: its own.")
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(min=2, help="Tokens a forward can yield at most. Default: as trained.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto (the checkpoint's).")] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's choice.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random numbers above temperature 0.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit, for a Hub id.")] = None,
+    token: Annotated[str | None, typer.Option(help="Hub token, where `hf auth login` stored none.")] = None,
+) -> None:
+    """Measure decoding speed: plain AR, lossless and mixed, on the same prompts, one sequence at a time."""
+    texts = list(BUILT_IN_PROMPTS) if prompts is None else read_prompts(prompts)
+    texts = texts[:num_prompts]
+    with err.status(Text(f"Reading {checkpoint} …")):
+        # Settings are checked before whole weights are fetched or read.
+        source = resolve(checkpoint, revision=revision, token=token, weights=False)
+        settings = require_converted(source)
+        size, counts = _checked(settings, block_size, proposals)
+        source = resolve(checkpoint, revision=revision, token=token)
+        model, tokenizer = _load(source, dtype, device, threads)
+    from zconvert.evaluation.bench import bench
+    from zconvert.tidar.model import LayoutModel
+
+    with _progress() as progress:
+        task = progress.add_task("Decoding", total=len(texts))
+        measured = bench(
+            LayoutModel(model),
+            [_tokens(tokenizer, text) for text in texts],
+            settings,
+            eos_token_ids=_end_tokens(model, tokenizer),
+            max_new_tokens=max_new_tokens,
+            mix_weights=mix_weight or [0.5],
+            temperature=temperature,
+            proposals=counts,
+            block_size=size,
+            seed=seed,
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    document = {"checkpoint": source.name, "revision": source.revision, **measured}
+    if as_json:
+        print_json(document)
+    else:
+        show(document)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a JSONL file.
+
+    Raises:
+        UserError: it cannot be read, a line is not what it should be, or there is none.
+    """
+    texts = []
+    expected = 'one JSON object a line, with a text under "prompt" or "text"'
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read", found=error.strerror, expected="a JSONL file of prompts") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text", found=error, expected=expected) from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number} is not JSON", found=error, expected=expected) from error
+        text = row.get("prompt", row.get("text")) if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            raise UserError(f"{path}, line {number} has no prompt", found=line[:60], expected=expected)
+        texts.append(text)
+    if not texts:
+        raise UserError(f"{path} has no prompts", found="no lines", expected=expected)
+    return texts
+
+
+def show(document: dict[str, Any]) -> None:
+    """Prints the document for people."""
+    results = document["results"]
+    out.print(Text(f"{document['checkpoint']}", style="bold"))
+    out.print(
+        f"{document['prompts']} prompts of at most {document['max_new_tokens']} new tokens, one at a time; "
+        f"{document['dtype']} on {document['device']}, {document['threads']} threads\n"
+        f"blocks of {document['block_size']}, proposals after {_list(document['proposals'])} accepted tokens, "
+        f"temperature {document['temperature']:g}"
+    )
+    out.print()
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("Sampler", no_wrap=True)
+    for name in ("tokens per\nforward", "tokens/s", "against\nAR", "ms per\nforward", "same text\nas AR"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column(f"accepted\n1 … {document['block_size']}", no_wrap=True)
+    for name, entry in results.items():
+        same, histogram = entry.get("identical_prompts"), entry.get("accepted_histogram")
+        table.add_row(
+            _label(name, entry),
+            f"{entry['tokens_per_forward']:.2f}",
+            f"{entry['tokens_per_second']:.1f}",
+            f"{entry['speedup']:.2f}×" if "speedup" in entry else "",
+            f"{entry['forward_ms']:.1f}",
+            "" if same is None else f"{same}/{document['prompts']}",
+            "" if histogram is None else bars(list(histogram.values())),
+        )
+    out.print(table)
+    out.print()
+    out.print(_verdict(results))
+
+
+def bars(counts: list[int]) -> str:
+    """A histogram as one line of text, scaled to its largest count; what is there at all shows.
+
+    >>> bars([0, 1, 8])
+    ' ▁█'
+    """
+    top = max([*counts, 1])
+    return "".join(_BARS[-(-8 * count // top)] for count in counts)
+
+
+def _verdict(results: dict[str, Any]) -> Text:
+    slower = [_label(name, entry) for name, entry in results.items() if entry.get("speedup", 1.0) < 1]
+    if slower:
+        return Text(f"Plain AR decoding is faster here than {_list(slower)}.", style="bold yellow")
+    best = max((name for name in results if name != "ar"), key=lambda name: results[name]["speedup"])
+    return Text.assemble(
+        "Lossless decoding is ",
+        (f"{results['lossless']['speedup']:.2f}×", "bold green"),
+        " as fast as plain AR",
+        f"; {_label(best, results[best])} {results[best]['speedup']:.2f}×." if best != "lossless" else ".",
+    )
+
+
+def _label(name: str, entry: dict[str, Any]) -> str:
+    return {"ar": "AR", "lossless": "lossless"}.get(name) or f"mixed, w = {entry['mix_weight']:g}"
+
+
+def _list(items: list[Any]) -> str:
+    return ", ".join(map(str, items))
+
+
+def _checked(
+    settings: TidarSettings, block_size: int | None, proposals: str | None
+) -> tuple[int | None, tuple[int, ...] | None]:
+    """Block size and proposals as the user gave them, once they fit the checkpoint."""
+    if block_size is not None and block_size > settings.block_size:
+        raise UserError(
+            "--block-size is larger than the checkpoint's", found=block_size, expected=f"2 to {settings.block_size}"
+        )
+    if proposals is None:
+        return block_size, None
+    size = settings.block_size if block_size is None else block_size
+    try:
+        return block_size, check_proposals(tuple(int(part) for part in proposals.split(",")), size)
+    except ValueError:
+        raise UserError(
+            "--proposals is no list of accepted counts",
+            found=repr(proposals),
+            expected=f"numbers from 1 to {size}, such as 1,3,5",
+        ) from None
+
+
+def _load(source: Source, dtype: str, device: str, threads: int | None) -> tuple[Any, Any]:
+    import torch
+
+    from zconvert.checkpoint.load import load_model
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return load_model(source, dtype=dtype, device=device)
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = [*bos, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    if not ids:
+        raise UserError("a prompt has no tokens", found=repr(text), expected="some text: the tokenizer has no BOS")
+    return ids
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    ids = model.generation_config.eos_token_id
+    ids = tokenizer.eos_token_id if ids is None else ids
+    return frozenset(() if ids is None else [ids] if isinstance(ids, int) else ids)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    )

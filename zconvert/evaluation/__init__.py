@@ -1,0 +1,1 @@
+"""Measuring checkpoints: speed, and whether the text stays the same."""

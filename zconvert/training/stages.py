@@ -1,0 +1,86 @@
+"""The stages of the recipe: from a checkpoint and a recipe to a run folder with a new checkpoint in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import torch
+
+from zconvert.checkpoint.load import load_model
+from zconvert.checkpoint.source import require_converted, resolve
+from zconvert.checkpoint.weights import save_trained
+from zconvert.data.documents import load_documents
+from zconvert.data.packing import PackedRows
+from zconvert.errors import UserError
+from zconvert.recipe import MidtrainRecipe, dump_recipe
+from zconvert.training.loop import OnProgress, Progress, Trainer
+
+STAGE = "midtrain"
+
+
+def midtrain(recipe: MidtrainRecipe, on_progress: OnProgress) -> Path:
+    """Trains a converted checkpoint on both losses.
+
+    Args:
+        recipe: of the stage.
+        on_progress: is told what happens.
+
+    Returns:
+        The new checkpoint's folder, `output_dir/checkpoint`.
+
+    Raises:
+        UserError: bad input; nothing is half-written.
+        Interrupted: a signal came; the same call continues.
+    """
+    run_dir = Path(recipe.output_dir)
+    final = run_dir / "checkpoint"
+    if final.exists():
+        raise UserError(
+            f"{final} exists already: this run is complete",
+            fix="choose another output_dir, or remove that folder to train anew or further",
+        )
+    source = resolve(recipe.base_model, revision=recipe.revision)
+    settings = require_converted(source)
+    if recipe.num_threads is not None:
+        torch.set_num_threads(recipe.num_threads)
+    torch.manual_seed(recipe.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_model(source, dtype="float32", device=device)
+    if recipe.experts_implementation is not None:
+        model.set_experts_implementation(recipe.experts_implementation)
+    model.config.use_cache = False
+    rows_in_embedding = model.get_input_embeddings().weight.shape[0]
+    on_progress(Progress(message=f"reading {', '.join(dataset.path for dataset in recipe.datasets)}"))
+    documents = load_documents(recipe.datasets, tokenizer, vocabulary_rows=rows_in_embedding)
+    rows = PackedRows(
+        documents,
+        sequence_len=recipe.sequence_len,
+        rows=recipe.micro_batch_size,
+        seed=recipe.seed,
+        sample_packing=recipe.sample_packing,
+        pad_token_id=tokenizer.pad_token_id or 0,
+    )
+    _write_recipe(run_dir, recipe)
+    Trainer(model, rows, recipe, settings, on_progress).run()
+    on_progress(Progress(message=f"writing {final}"))
+    trained = dataclasses.replace(
+        settings, block_offset=recipe.diffusion.block_offset, stages=(*settings.stages, STAGE)
+    )
+    save_trained(model, source.folder, final, settings=trained, dtype=recipe.save_dtype)
+    return final
+
+
+def _write_recipe(run_dir: Path, recipe: MidtrainRecipe) -> None:
+    """Puts the recipe, every setting written out, into the run's folder."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        partial = run_dir / "recipe.yaml.partial"
+        partial.write_text(dump_recipe(recipe))
+        partial.replace(run_dir / "recipe.yaml")
+    except OSError as error:
+        free = shutil.disk_usage(run_dir.parent).free if run_dir.parent.exists() else 0
+        raise UserError(
+            f"the run's folder {run_dir} cannot be written", found=f"{error.strerror}, {free:,} bytes free"
+        ) from error

@@ -41,11 +41,12 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
             raise _unloadable(source, "tokenizer", error) from error
         try:
             wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder, dtype=wanted, output_loading_info=True, **common
             )
         except Exception as error:  # safetensors has an exception type of its own
             raise _unloadable(source, "model", error) from error
+    model, report = loaded
     # transformers fills missing weights with random numbers and goes on.
     missing = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if missing:

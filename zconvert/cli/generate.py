@@ -106,7 +106,7 @@ def command(
             )
         except ValueError as error:
             raise UserError(f"these options cannot work: {error}", fix="see `zconvert generate --help`") from error
-        model, tokenizer = load_model(source, dtype=dtype, device=device)
+        model, tokenizer = load_model(source, dtype=str(dtype), device=str(device))
     plan = _with_ends(plan, token_ids(model.generation_config.eos_token_id) | token_ids(tokenizer.eos_token_id))
     ids = prompt_ids(tokenizer, text, add_bos=add_bos)
     layout_model = layout_model_of(model)

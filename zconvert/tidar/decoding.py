@@ -104,7 +104,7 @@ def decode(
     cache = TidarCache()
     left = max_new_tokens
     causal, drafts, num_verified = prompt, None, 0  # in prefill nothing is verified: the prompt is given
-    proposals = (len(prompt),) if plan.proposals and left > 2 else ()
+    proposals: tuple[int, ...] = (len(prompt),) if plan.proposals and left > 2 else ()
     while True:
         forward = _forward(model, cache, causal, proposals, plan)
         first = len(causal) - 1 - num_verified  # hidden state that predicts the first draft's position

@@ -83,7 +83,7 @@ def generate(
     proposals: tuple[int, ...] | list[int] | None = None,
     block_size: int | None = None,
     **kwargs: Any,
-) -> Tensor | GenerateDecoderOnlyOutput:
+) -> Any:
     """Generates text as `model.generate` of transformers does, a block of tokens at a time.
 
     The rows of a batch are decoded one after another.
@@ -126,10 +126,10 @@ def generate(
     plan = plan_of(
         settings, sampling, eos, sampler=sampler, mix_weight=mix_weight, proposals=proposals, block_size=block_size
     )
-    if streamer is not None and len(rows) * (config.num_return_sequences or 1) > 1:
+    repeats = config.num_return_sequences or 1  # more than 1 without sampling is refused by GenerationConfig.update
+    if streamer is not None and len(rows) * repeats > 1:
         raise ValueError("a streamer takes one row of text: give one prompt and num_return_sequences=1")
 
-    repeats = _repeats(config)
     budget = _new_tokens(config, ids.shape[1])
     criteria = StoppingCriteriaList(stopping_criteria or [])
     layout_model = layout_model_of(model)
@@ -240,7 +240,7 @@ def _continue(
             before = pads + prompt + new
             for count in range(1, len(tokens) + 1):
                 text = torch.tensor([before + tokens[:count]], device=model.device)
-                if bool(torch.as_tensor(criteria(text, None)).all()):  # type: ignore[arg-type]  # no scores are kept
+                if bool(torch.as_tensor(criteria(text, None)).all()):
                     tokens, stopped = tokens[:count], True
                     break
         new += tokens
@@ -331,13 +331,6 @@ def _sampling(config: GenerationConfig) -> Sampling:
         top_k=_DEFAULT_TOP_K if config.top_k is None else config.top_k,
         top_p=1.0 if config.top_p is None else config.top_p,
     )
-
-
-def _repeats(config: GenerationConfig) -> int:
-    repeats = config.num_return_sequences or 1
-    if repeats > 1 and not config.do_sample:
-        raise ValueError(f"num_return_sequences is {repeats}, but greedy decoding gives one text: set do_sample=True")
-    return repeats
 
 
 def _new_tokens(config: GenerationConfig, prompt_length: int) -> int:

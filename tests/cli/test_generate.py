@@ -1,0 +1,184 @@
+"""`zconvert generate`: text on stdout, the tally on stderr, and mistakes told before the weights are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from tests.checkpoint.tiny import make_checkpoint, make_tokenizer
+from zconvert.checkpoint.graft import convert_init
+from zconvert.checkpoint.load import load_model
+from zconvert.checkpoint.source import resolve
+from zconvert.cli import generate, ui
+from zconvert.cli.generate import Tally, TextStream, prompt_ids
+from zconvert.errors import UserError
+
+PROMPT = "ten tall trees"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    source = make_checkpoint(folder / "mixtral", "mixtral", dtype="float32")
+    convert_init(resolve(source), folder / "converted", block_size=4)
+    return folder / "converted"
+
+
+def run(*arguments: object, stdin: str | None = None) -> Result:
+    """Runs the command as the console command does."""
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(ui.handled(generate.command))
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+
+
+def document(*arguments: object) -> dict[str, Any]:
+    result = run(*arguments, "--json", "--max-new-tokens", 12)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_greedy_text_is_that_of_transformers_and_nothing_else_is_on_stdout(checkpoint: Path) -> None:
+    import torch
+
+    model, tokenizer = load_model(resolve(checkpoint))
+    ids = torch.tensor([prompt_ids(tokenizer, PROMPT)])
+    text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[0].tolist()
+    whole = tokenizer.decode(text, skip_special_tokens=True)
+    for sampler in ("lossless", "ar"):
+        result = run(checkpoint, PROMPT, "--sampler", sampler, "--max-new-tokens", 12)
+        assert result.exit_code == 0, result.output
+        assert PROMPT + result.stdout.rstrip("\n") == whole
+        assert "forwards, " in result.stderr
+        assert "tokens/s" in result.stderr
+
+
+def test_json_is_one_document_with_text_and_tally(checkpoint: Path) -> None:
+    told = document(checkpoint, PROMPT, "--sampler", "ar")
+    assert (told["prompt"], told["sampler"], told["tokens"]) == (PROMPT, "ar", told["forwards"])
+    assert told["tokens_per_forward"] == 1
+    assert told["tokens_per_second"] > 0
+    assert told["text"] == document(checkpoint, "--prompt", PROMPT)["text"]
+
+
+def test_the_prompt_may_come_from_stdin(checkpoint: Path) -> None:
+    expected = run(checkpoint, PROMPT, "--max-new-tokens", 5).stdout
+    assert run(checkpoint, "--max-new-tokens", 5, stdin=PROMPT).stdout == expected
+    assert run(checkpoint, "-", "--max-new-tokens", 5, stdin=PROMPT).stdout == expected
+
+
+def test_sampling_follows_the_seed(checkpoint: Path) -> None:
+    def sampled(seed: int) -> str:
+        return document(checkpoint, PROMPT, "--temperature", 2, "--seed", seed, "--sampler", "mixed")["text"]
+
+    assert sampled(1) == sampled(1) != sampled(2)
+
+
+def test_blocks_are_shown_with_the_same_text(checkpoint: Path) -> None:
+    plain = run(checkpoint, PROMPT, "--max-new-tokens", 12)
+    blocks = run(checkpoint, PROMPT, "--max-new-tokens", 12, "--show-blocks")
+    assert blocks.exit_code == 0, blocks.output
+    assert blocks.stdout == plain.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--proposals", "1,9"), "proposals are"),
+        (("--proposals", "many"), "not a list of numbers"),
+        (("--mix-weight", "0.5"), "only 'mixed' has one"),
+        (("--block-size", "8"), "block_size is 8"),
+        (("--top-p", "0"), "top_p is 0"),
+        (("--prompt", "again"), "given twice"),
+        (("--json", "--show-blocks"), "leave one of them out"),
+    ],
+)
+def test_options_that_cannot_work_are_a_users_error(checkpoint: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = run(checkpoint, PROMPT, *arguments)
+    assert result.exit_code == 1
+    assert message in " ".join(result.stderr.split())
+    assert result.stdout == ""
+
+
+def test_an_empty_prompt_needs_a_bos_token(checkpoint: Path) -> None:
+    assert run(checkpoint, "", "--max-new-tokens", 2).exit_code == 0
+    result = run(checkpoint, "", "--no-add-bos")
+    assert result.exit_code == 1
+    assert "the prompt is empty" in result.stderr
+
+
+def test_what_is_not_converted_is_refused(checkpoint: Path) -> None:
+    result = run(checkpoint.parent / "mixtral", PROMPT)
+    assert result.exit_code == 1
+    assert "is not converted" in result.stderr
+
+
+def test_missing_weights_are_not_made_up(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "larger"
+    folder.mkdir()
+    for path in checkpoint.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(UserError, match="do not fit"):
+        load_model(resolve(folder))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="model of larger cannot be loaded"):
+        load_model(resolve(folder))
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="tokenizer of larger cannot be loaded"):
+        load_model(resolve(folder))
+
+
+def test_the_dtype_is_as_asked_and_a_device_that_is_not_there_is_refused(checkpoint: Path) -> None:
+    import torch
+
+    assert load_model(resolve(checkpoint), dtype="bfloat16", device="cpu")[0].dtype == torch.bfloat16
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no CUDA device"):
+            load_model(resolve(checkpoint), device="cuda")
+    with pytest.raises(UserError, match="no such device"):
+        load_model(resolve(checkpoint), device="abacus")
+    with pytest.raises(UserError, match="no such dtype"):
+        load_model(resolve(checkpoint), dtype="float3")
+
+
+def test_streamed_pieces_add_up_to_the_text_with_its_spaces() -> None:
+    tokenizer = make_tokenizer(60)
+    prompt = prompt_ids(tokenizer, "ten tall")
+    tokens = tokenizer(" trees stand there", add_special_tokens=False).input_ids
+    stream = TextStream(tokenizer, prompt)
+    pieces = [stream.add((token,)) for token in tokens] + [stream.flush()]
+    assert "".join(pieces) == tokenizer.decode(prompt + tokens, skip_special_tokens=True)[len("ten tall") :]
+    assert pieces[0].startswith(" ")
+
+
+def test_an_incomplete_character_waits_for_its_bytes() -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = {piece: i for i, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    made = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    tokens = tokenizer("aé€").input_ids
+    stream = TextStream(tokenizer, tokens[:1])
+    assert [stream.add((token,)) for token in tokens[1:-1]] == ["", "é", "", ""]
+    assert stream.flush() == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_the_prefill_does_not_count_among_the_forwards_of_a_ratio() -> None:
+    tally = Tally()
+    assert tally.tokens_per_forward is None
+    tally.tokens, tally.forwards, tally.seconds = 9, 5, 2.0
+    assert tally.tokens_per_forward == 2.0
+    assert str(tally) == "9 tokens, 5 forwards, 2.00 tokens per forward after the prefill, 4.5 tokens/s"
+
+
+def test_control_characters_do_not_reach_the_terminal() -> None:
+    assert generate._safe("a\x1b[31m\tb\n") == "a\N{REPLACEMENT CHARACTER}[31m\tb\n"

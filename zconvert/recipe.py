@@ -17,7 +17,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from zconvert.errors import UserError
 from zconvert.recipe_yaml import KeyPath, Problem, dotted, read_yaml, write_yaml
-from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, check_proposals
+from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, MAX_BLOCK_SIZE, check_proposals
 
 _MAX_RECIPE_BYTES = 1_000_000
 
@@ -46,8 +46,8 @@ class ConvertInitDiffusion(_Section):
 
     block_size: int = Field(
         DEFAULT_BLOCK_SIZE,
-        ge=1,
-        le=1024,
+        ge=2,
+        le=MAX_BLOCK_SIZE,
         validation_alias=AliasChoices("block_size", "block_length"),
         description="tokens per diffusion block",
     )
@@ -74,9 +74,6 @@ class ConvertInitDiffusion(_Section):
 class ConvertInitRecipe(Recipe):
     """Recipe of `zconvert convert-init`."""
 
-    trust_remote_code: bool = Field(
-        False, description="whether Python files that the checkpoint ships may run; convert-init itself runs none"
-    )
     diffusion: ConvertInitDiffusion = Field(ConvertInitDiffusion(), description="what makes it a diffusion model")
 
 

@@ -12,10 +12,10 @@ from typer.testing import CliRunner, Result
 
 from tests.checkpoint.tiny import make_checkpoint, make_tokenizer
 from zconvert.checkpoint.graft import convert_init
-from zconvert.checkpoint.load import load_model
+from zconvert.checkpoint.load import load_model, prompt_ids
 from zconvert.checkpoint.source import resolve
 from zconvert.cli import generate, ui
-from zconvert.cli.generate import Tally, TextStream, prompt_ids
+from zconvert.cli.generate import Tally, TextStream
 from zconvert.errors import UserError
 
 PROMPT = "ten tall trees"
@@ -89,18 +89,34 @@ def test_blocks_are_shown_with_the_same_text(checkpoint: Path) -> None:
     ("arguments", "message"),
     [
         (("--proposals", "1,9"), "proposals are"),
-        (("--proposals", "many"), "not a list of numbers"),
         (("--mix-weight", "0.5"), "only 'mixed' has one"),
         (("--block-size", "8"), "block_size is 8"),
         (("--top-p", "0"), "top_p is 0"),
-        (("--prompt", "again"), "given twice"),
-        (("--json", "--show-blocks"), "leave one of them out"),
     ],
 )
 def test_options_that_cannot_work_are_a_users_error(checkpoint: Path, arguments: tuple[str, ...], message: str) -> None:
     result = run(checkpoint, PROMPT, *arguments)
     assert result.exit_code == 1
     assert message in " ".join(result.stderr.split())
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--proposals", "many"), "no list of accepted counts"),
+        (("--block-size", "4", "--proposals", "1,5"), "from 1 to 4"),
+        (("--prompt", "again"), "given twice"),
+        (("--json", "--show-blocks"), "leave one of them out"),
+        (("--dtype", "float8"), "'float8'"),
+    ],
+)
+def test_a_mistake_in_the_command_line_is_a_usage_error(
+    checkpoint: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    result = run(checkpoint, PROMPT, *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.replace("│", "").split())
     assert result.stdout == ""
 
 

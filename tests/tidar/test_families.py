@@ -58,11 +58,20 @@ def test_attention_layers_are_fine(layer: str) -> None:
     assert judge({"model_type": "mixtral", "layer_types": [layer]}).supported
 
 
-@pytest.mark.parametrize("config", [{"model_type": "something_new"}, {}, {"model_type": None}], ids=str)
+@pytest.mark.parametrize(
+    "config", [{"model_type": "something_new"}, {}, {"model_type": None}, {"model_type": ["zaya"]}], ids=str
+)
 def test_an_unknown_family_is_refused_and_the_known_ones_named(config: dict) -> None:
     verdict = judge(config)
     assert not verdict.supported
     assert "mixtral, qwen3_moe, zaya" in str(verdict.reason)
+
+
+@pytest.mark.parametrize("layer_types", [5, "full_attention", [{}], [None]], ids=str)
+def test_layer_types_that_are_no_list_of_names_are_said_to_be_so(layer_types: object) -> None:
+    verdict = judge({"model_type": "zaya", "layer_types": layer_types})
+    assert not verdict.supported
+    assert "expected a list of names" in str(verdict.reason)
 
 
 def test_every_family_of_the_table_has_a_contract_model() -> None:

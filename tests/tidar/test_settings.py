@@ -37,7 +37,7 @@ def test_two_keys_suffice_and_unknown_ones_are_of_a_newer_minor_version() -> Non
     [
         ({}, "tidar section lacks block_size, mask_token_id"),
         ({"block_size": 4}, "tidar section lacks mask_token_id"),
-        ({"block_size": 0, "mask_token_id": 1}, "tidar.block_size is 0"),
+        ({"block_size": 1, "mask_token_id": 1}, "tidar.block_size is 1, expected 2 to"),
         ({"block_size": 4, "mask_token_id": -1}, "tidar.mask_token_id is -1"),
         ({"block_size": 4, "mask_token_id": 1, "format_version": 2}, "format_version is 2, .* upgrade"),
         ({"block_size": 4, "mask_token_id": 1, "proposals": [1, 5]}, "from 1 to 4"),

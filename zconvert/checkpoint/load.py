@@ -67,6 +67,28 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
     return model.eval(), tokenizer
 
 
+def prompt_ids(tokenizer: Any, text: str, *, add_bos: bool = True) -> list[int]:
+    """A prompt's tokens: BOS where the tokenizer has one, then the text, without other special tokens.
+
+    Raises:
+        UserError: nothing is left to start from.
+    """
+    bos = [tokenizer.bos_token_id] if add_bos and tokenizer.bos_token_id is not None else []
+    ids = [*bos, *tokenizer(text, add_special_tokens=False).input_ids]
+    if not ids:
+        raise UserError(
+            "the prompt is empty", found="no token at all", expected="at least one", fix="give some text to go on from"
+        )
+    return ids
+
+
+def end_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a text: those of the generation config and the tokenizer's own EOS."""
+    from zconvert.tidar.generate import token_ids
+
+    return token_ids(model.generation_config.eos_token_id) | token_ids(tokenizer.eos_token_id)
+
+
 def _device(name: str) -> Any:
     import torch
 

@@ -12,9 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from zconvert.checkpoint.source import Source, require_converted, resolve
+from zconvert.cli import options
 from zconvert.cli.ui import err, out, print_json
 from zconvert.errors import UserError
-from zconvert.tidar.settings import TidarSettings, check_proposals
+from zconvert.tidar.settings import TidarSettings
 
 BUILT_IN_PROMPTS = (
     "The sun rises in the east and",
@@ -32,9 +33,7 @@ _BARS = " ▁▂▃▄▅▆▇█"
 
 
 def command(
-    checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="A converted checkpoint's folder, a run's folder, or a Hub id.")
-    ],
+    checkpoint: options.Checkpoint,
     prompts: Annotated[
         Path | None,
         typer.Option(help='JSONL file, one {"prompt": …} (or {"text": …}) a line. Default: a few English sentences.'),
@@ -46,30 +45,28 @@ def command(
         typer.Option(min=0.0, max=1.0, help="w of a mixed sampler; may be given several times.", show_default="0.5"),
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    proposals: Annotated[
-        str | None, typer.Option(metavar="1,3,5", help="Accepted counts that get a proposal block. Default: its own.")
-    ] = None,
-    block_size: Annotated[
-        int | None, typer.Option(min=2, help="Tokens a forward can yield at most. Default: as trained.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto (the checkpoint's).")] = "float32",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    proposals: options.Proposals = None,
+    block_size: options.BlockSize = None,
+    dtype: options.DtypeOption = options.Dtype.FLOAT32,
+    device: options.DeviceOption = options.Device.AUTO,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's choice.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random numbers above temperature 0.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit, for a Hub id.")] = None,
-    token: Annotated[str | None, typer.Option(help="Hub token, where `hf auth login` stored none.")] = None,
+    as_json: options.Json = False,
+    revision: options.Revision = None,
+    token: options.Token = None,
 ) -> None:
     """Measure decoding speed: plain AR, lossless and mixed, on the same prompts, one sequence at a time."""
+    counts = options.accepted_counts(proposals, block_size)
     texts = list(BUILT_IN_PROMPTS) if prompts is None else read_prompts(prompts)
     texts = texts[:num_prompts]
     with err.status(Text(f"Reading {checkpoint} …")):
         # Settings are checked before whole weights are fetched or read.
         source = resolve(checkpoint, revision=revision, token=token, weights=False)
         settings = require_converted(source)
-        size, counts = _checked(settings, block_size, proposals)
+        _check_fit(settings, block_size, counts)
         source = resolve(checkpoint, revision=revision, token=token)
-        model, tokenizer = _load(source, dtype, device, threads)
+        model, tokenizer = _load(source, str(dtype), str(device), threads)
+    from zconvert.checkpoint.load import end_token_ids, prompt_ids
     from zconvert.evaluation.bench import bench
     from zconvert.tidar.model import LayoutModel
 
@@ -77,14 +74,14 @@ def command(
         task = progress.add_task("Decoding", total=len(texts))
         measured = bench(
             LayoutModel(model),
-            [_tokens(tokenizer, text) for text in texts],
+            [prompt_ids(tokenizer, text) for text in texts],
             settings,
-            eos_token_ids=_end_tokens(model, tokenizer),
+            eos_token_ids=end_token_ids(model, tokenizer),
             max_new_tokens=max_new_tokens,
             mix_weights=mix_weight or [0.5],
             temperature=temperature,
             proposals=counts,
-            block_size=size,
+            block_size=block_size,
             seed=seed,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
@@ -188,25 +185,13 @@ def _list(items: list[Any]) -> str:
     return ", ".join(map(str, items))
 
 
-def _checked(
-    settings: TidarSettings, block_size: int | None, proposals: str | None
-) -> tuple[int | None, tuple[int, ...] | None]:
-    """Block size and proposals as the user gave them, once they fit the checkpoint."""
+def _check_fit(settings: TidarSettings, block_size: int | None, proposals: tuple[int, ...] | None) -> None:
+    """Refuses a block or a count larger than the checkpoint was trained for."""
+    expected = f"at most {settings.block_size}, the block size of the checkpoint"
     if block_size is not None and block_size > settings.block_size:
-        raise UserError(
-            "--block-size is larger than the checkpoint's", found=block_size, expected=f"2 to {settings.block_size}"
-        )
-    if proposals is None:
-        return block_size, None
-    size = settings.block_size if block_size is None else block_size
-    try:
-        return block_size, check_proposals(tuple(int(part) for part in proposals.split(",")), size)
-    except ValueError:
-        raise UserError(
-            "--proposals is no list of accepted counts",
-            found=repr(proposals),
-            expected=f"numbers from 1 to {size}, such as 1,3,5",
-        ) from None
+        raise UserError("--block-size is larger than the checkpoint's", found=block_size, expected=expected)
+    if proposals is not None and proposals[-1] > settings.block_size:
+        raise UserError("--proposals go past the checkpoint's blocks", found=proposals[-1], expected=expected)
 
 
 def _load(source: Source, dtype: str, device: str, threads: int | None) -> tuple[Any, Any]:
@@ -217,20 +202,6 @@ def _load(source: Source, dtype: str, device: str, threads: int | None) -> tuple
     if threads is not None:
         torch.set_num_threads(threads)
     return load_model(source, dtype=dtype, device=device)
-
-
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = [*bos, *tokenizer(text, add_special_tokens=False)["input_ids"]]
-    if not ids:
-        raise UserError("a prompt has no tokens", found=repr(text), expected="some text: the tokenizer has no BOS")
-    return ids
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    ids = model.generation_config.eos_token_id
-    ids = tokenizer.eos_token_id if ids is None else ids
-    return frozenset(() if ids is None else [ids] if isinstance(ids, int) else ids)
 
 
 def _progress() -> Progress:

@@ -9,9 +9,9 @@ import typer
 from rich.text import Text
 
 from zconvert.checkpoint.source import resolve
+from zconvert.cli import options
 from zconvert.cli.ui import err, out
-from zconvert.errors import UserError
-from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE
+from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, MAX_BLOCK_SIZE
 
 _RECIPE_SUFFIXES = (".yaml", ".yml")
 
@@ -26,7 +26,9 @@ def command(
         ),
     ],
     output: Annotated[Path | None, typer.Option("--out", help="Folder to write; must not exist.")] = None,
-    block_size: Annotated[int, typer.Option(min=1, help="Tokens per diffusion block.")] = DEFAULT_BLOCK_SIZE,
+    block_size: Annotated[
+        int, typer.Option(min=2, max=MAX_BLOCK_SIZE, help="Tokens per diffusion block.")
+    ] = DEFAULT_BLOCK_SIZE,
     mask_token: Annotated[
         str | None,
         typer.Option(
@@ -41,15 +43,15 @@ def command(
         typer.Option(metavar="1,3,5", help="Accepted counts that get a proposal block in decoding. Default: all."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of --mask-init random.")] = 0,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit, for a Hub id.")] = None,
-    token: Annotated[str | None, typer.Option(help="Hub token, where `hf auth login` stored none.")] = None,
+    revision: options.Revision = None,
+    token: options.Token = None,
 ) -> None:
     """Make a block-diffusion checkpoint of an autoregressive one: mask token and settings, no training yet.
 
     No model is built: bytes and JSON are patched, so that the result is as the source in everything else.
     """
     wanted: str | int | None = int(mask_token) if mask_token is not None and mask_token.isdecimal() else mask_token
-    counts = None if proposals is None else _counts(proposals)
+    counts = options.accepted_counts(proposals, block_size)
     name = checkpoint
     if checkpoint.endswith(_RECIPE_SUFFIXES):
         _refuse_options_beside_a_recipe(context)
@@ -58,11 +60,10 @@ def command(
         recipe = load_recipe(Path(checkpoint), ConvertInitRecipe)
         name, revision, output, seed = recipe.base_model, recipe.revision, Path(recipe.output_dir), recipe.seed
         block_size, wanted = recipe.diffusion.block_size, recipe.diffusion.mask_token
-        mask_init, counts = recipe.diffusion.mask_init, recipe.diffusion.proposals
+        mask_init = recipe.diffusion.mask_init
+        counts = None if recipe.diffusion.proposals is None else tuple(recipe.diffusion.proposals)
     if output is None:
-        raise UserError(
-            "there is no folder to write to", found="no --out", fix=f"zconvert convert-init {checkpoint} --out DIR"
-        )
+        raise typer.BadParameter("missing, say which folder to write", param_hint="--out")
     from zconvert.checkpoint.graft import convert_init
 
     with err.status(Text(f"Converting {name} …")):
@@ -83,15 +84,6 @@ def command(
     out.print(Text.assemble(("Next: ", "bold"), "zconvert midtrain RECIPE.yaml, with base_model: ", str(output)))
 
 
-def _counts(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(
-            "--proposals is no list of numbers", found=repr(text), expected="accepted counts such as 1,3,5"
-        ) from None
-
-
 def _refuse_options_beside_a_recipe(context: typer.Context) -> None:
     """A recipe says everything: an option beside it would be lost, or would make the recipe untrue."""
     given = [
@@ -102,9 +94,5 @@ def _refuse_options_beside_a_recipe(context: typer.Context) -> None:
     ]
     if given:
         names = {"output": "--out"}
-        raise UserError(
-            "options were given beside a recipe",
-            found=", ".join(names.get(name, "--" + name.replace("_", "-")) for name in given),
-            expected="all settings in the recipe (only --token goes beside it)",
-            fix="write them into the recipe",
-        )
+        listed = ", ".join(names.get(name, "--" + name.replace("_", "-")) for name in given)
+        raise typer.BadParameter(f"{listed} beside a recipe, which says everything: write it into the recipe")

@@ -9,26 +9,27 @@ import typer
 from rich.text import Text
 
 from zconvert.checkpoint.source import RUN_CHECKPOINT, resolve
+from zconvert.cli import options
 from zconvert.cli.ui import err, out, print_json
 
 RUN_RECIPE = "recipe.yaml"
 
 
 def command(
-    checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="A converted checkpoint's folder, or a training run's folder.")
-    ],
+    checkpoint: options.Checkpoint,
     output: Annotated[Path, typer.Option("--out", help="Folder to write; must not exist. Its name titles the card.")],
     results: Annotated[
         Path | None, typer.Option(metavar="FILE", help="What `zconvert bench --json` printed, for the model card.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
+    as_json: options.Json = False,
+    revision: options.Revision = None,
+    token: options.Token = None,
 ) -> None:
     """Write a folder to hand on: weights, tokenizer, model card, and the code for decoding with trust_remote_code."""
     from zconvert.checkpoint.export import export
     from zconvert.checkpoint.json_patch import parse_json_object, read_json_text
 
-    source = resolve(checkpoint)
+    source = resolve(checkpoint, revision=revision, token=token)
     recipe = source.folder.parent / RUN_RECIPE if source.folder.name == RUN_CHECKPOINT else None
     measured = None if results is None else parse_json_object(read_json_text(results), str(results))
     with err.status(Text(f"Exporting {checkpoint} …")) as status:

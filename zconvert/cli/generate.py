@@ -5,19 +5,21 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
-from zconvert.checkpoint.load import load_model
+from zconvert.checkpoint.load import end_token_ids, load_model, prompt_ids
 from zconvert.checkpoint.source import require_converted, resolve
+from zconvert.cli import options
 from zconvert.cli.ui import err, out, print_json
 from zconvert.errors import UserError
 
 if TYPE_CHECKING:
-    from zconvert.tidar.decoding import DecodePlan, Step
+    from zconvert.tidar.decoding import Step
 
 _BLOCK_STYLES = ("black on bright_cyan", "black on bright_yellow")
 
@@ -30,26 +32,8 @@ class Sampler(StrEnum):
     AR = "ar"
 
 
-class Dtype(StrEnum):
-    """Values of --dtype."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-
-
-class Device(StrEnum):
-    """Values of --device."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
 def command(
-    checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="A converted checkpoint's folder, or a training run's folder.")
-    ],
+    checkpoint: options.Checkpoint,
     prompt: Annotated[
         str | None, typer.Argument(metavar="[PROMPT]", help="Text to go on from; '-' or nothing reads stdin.")
     ] = None,
@@ -65,34 +49,33 @@ def command(
     top_k: Annotated[int, typer.Option(min=0, help="Sample among the k likeliest tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 256,
-    proposals: Annotated[
-        str | None,
-        typer.Option(metavar="1,3,5", help="Accepted counts that get a proposal block. Default: the checkpoint's."),
-    ] = None,
-    block_size: Annotated[
-        int | None, typer.Option(min=2, help="Tokens per forward at most. Default: the checkpoint's.")
-    ] = None,
+    proposals: options.Proposals = None,
+    block_size: options.BlockSize = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="auto: the checkpoint's own.")] = Dtype.AUTO,
-    device: Annotated[Device, typer.Option(help="auto: a GPU where there is one.")] = Device.AUTO,
+    dtype: options.DtypeOption = options.Dtype.AUTO,
+    device: options.DeviceOption = options.Device.AUTO,
     show_blocks: Annotated[bool, typer.Option("--show-blocks", help="Colour the tokens of each forward.")] = False,
     add_bos: Annotated[
         bool, typer.Option("--add-bos/--no-add-bos", help="Start with the BOS token, where there is one.")
     ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
+    as_json: options.Json = False,
+    revision: options.Revision = None,
+    token: options.Token = None,
 ) -> None:
     """Generate text, several tokens a forward. The text goes to stdout, the tally to stderr."""
     if as_json and show_blocks:
-        raise UserError("--show-blocks colours text, and --json prints none", fix="leave one of them out")
-    settings = require_converted(source := resolve(checkpoint))
+        raise typer.BadParameter(
+            "it colours text, and --json prints none: leave one of them out", param_hint="--show-blocks"
+        )
+    counts = options.accepted_counts(proposals, block_size)
+    settings = require_converted(source := resolve(checkpoint, revision=revision, token=token))
     text = _prompt(prompt, prompt_option)
-    counts = None if proposals is None else _counts(proposals)
     with err.status(Text(f"Loading {checkpoint} …")):
         import torch
 
         from zconvert.tidar.acceptance import Sampling
         from zconvert.tidar.decoding import decode
-        from zconvert.tidar.generate import layout_model_of, plan_of, token_ids
+        from zconvert.tidar.generate import layout_model_of, plan_of
 
         try:  # before the weights are read, which can take minutes
             plan = plan_of(
@@ -107,7 +90,7 @@ def command(
         except ValueError as error:
             raise UserError(f"these options cannot work: {error}", fix="see `zconvert generate --help`") from error
         model, tokenizer = load_model(source, dtype=str(dtype), device=str(device))
-    plan = _with_ends(plan, token_ids(model.generation_config.eos_token_id) | token_ids(tokenizer.eos_token_id))
+    plan = replace(plan, eos_token_ids=end_token_ids(model, tokenizer))
     ids = prompt_ids(tokenizer, text, add_bos=add_bos)
     layout_model = layout_model_of(model)
     generator = None if seed is None else torch.Generator(layout_model.device).manual_seed(seed)
@@ -126,21 +109,6 @@ def command(
         return
     out.print()
     err.print(Text(str(tally), style="dim"), soft_wrap=True)
-
-
-def prompt_ids(tokenizer: Any, text: str, *, add_bos: bool = True) -> list[int]:
-    """A prompt's tokens: BOS where the tokenizer has one, then the text, without other special tokens.
-
-    Raises:
-        UserError: nothing is left to start from.
-    """
-    bos = [tokenizer.bos_token_id] if add_bos and tokenizer.bos_token_id is not None else []
-    ids = [*bos, *tokenizer(text, add_special_tokens=False).input_ids]
-    if not ids:
-        raise UserError(
-            "the prompt is empty", found="no token at all", expected="at least one", fix="give some text to go on from"
-        )
-    return ids
 
 
 class TextStream:
@@ -221,28 +189,13 @@ class Tally:
 
 def _prompt(argument: str | None, option: str | None) -> str:
     if argument is not None and option is not None:
-        raise UserError("the prompt was given twice", found="an argument and --prompt", fix="leave one out")
+        raise typer.BadParameter("the prompt was given twice, as an argument too", param_hint="--prompt")
     text = argument if argument is not None else option
     if text is not None and text != "-":
         return text
     if sys.stdin.isatty():
         err.print("Reading the prompt from the keyboard; end it with Ctrl-D.", style="dim")
     return sys.stdin.read()
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(
-            "--proposals is not a list of numbers", found=text, expected="accepted counts such as 1,3,5"
-        ) from None
-
-
-def _with_ends(plan: DecodePlan, eos_token_ids: frozenset[int]) -> DecodePlan:
-    from dataclasses import replace
-
-    return replace(plan, eos_token_ids=eos_token_ids)
 
 
 def _show(piece: str, forward: int) -> None:

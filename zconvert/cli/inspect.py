@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.table import Table
 from rich.text import Text
 
 from zconvert.checkpoint.describe import describe
 from zconvert.checkpoint.source import resolve
+from zconvert.cli import options
 from zconvert.cli.ui import err, out, print_json
 
 _MASK_SOURCES = {
@@ -20,12 +20,10 @@ _MASK_SOURCES = {
 
 
 def command(
-    checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder, a training run's folder, or a Hub id.")
-    ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit, for a Hub id.")] = None,
-    token: Annotated[str | None, typer.Option(help="Hub token, where `hf auth login` stored none.")] = None,
+    checkpoint: options.Checkpoint,
+    as_json: options.Json = False,
+    revision: options.Revision = None,
+    token: options.Token = None,
 ) -> None:
     """Tell what a checkpoint is and whether it can be converted. No weights are loaded or fetched."""
     with err.status(Text(f"Reading {checkpoint} …")):

@@ -69,13 +69,17 @@ def judge(config: dict[str, Any]) -> Verdict:
     >>> judge({"model_type": "mixtral", "layer_types": ["full_attention", "mamba"]}).reason
     'layers of type mamba: a recurrent state runs over the whole row, so mask tokens would read every clean token'
     """
-    model_type = config.get("model_type")
+    found = config.get("model_type")
+    model_type = found if isinstance(found, str) else ""  # JSON may hold anything there
     if model_type in REFUSED:
         return Verdict(None, REFUSED[model_type])
-    others = sorted(set(config.get("layer_types") or ()) - set(ATTENTION_LAYERS))
+    layer_types = config.get("layer_types") or []
+    if not isinstance(layer_types, list) or not all(isinstance(kind, str) for kind in layer_types):
+        return Verdict(None, f"its config.json has layer_types {layer_types!r}, expected a list of names")
+    others = sorted(set(layer_types) - set(ATTENTION_LAYERS))
     if others:
         return Verdict(None, f"layers of type {', '.join(others)}: {_RECURRENT}")
     if model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
-        return Verdict(None, f"model_type {model_type!r} is not in the family table yet (it has {known})")
+        return Verdict(None, f"model_type {found!r} is not in the family table yet (it has {known})")
     return Verdict(FAMILIES[model_type])

@@ -6,7 +6,6 @@ option that is silently dropped would change the distribution of the text.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -16,56 +15,22 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from .acceptance import Sampling
 from .decoding import DecodePlan, decode
+from .generate_options import (
+    checked_prompt,
+    mask_of_left_padding,
+    merged_config,
+    new_token_budget,
+    refuse_unsupported,
+    sampling_of,
+    unpadded,
+)
 from .model import LayoutModel
 from .settings import TidarSettings
 
 SAMPLERS = ("lossless", "mixed", "ar")
 DEFAULT_MIX_WEIGHT = 0.5
 
-_DEFAULT_NEW_TOKENS = 20
-_DEFAULT_TOP_K = 50  # what transformers samples with where nothing is said
 _LAYOUT_MODEL = "_tidar_layout_model"
-# Options of transformers that change the text or the output in a way this loop has no counterpart for, with the values
-# (besides None and False) that ask for nothing.
-_REFUSED: dict[str, tuple[Any, ...]] = {
-    "assistant_early_exit": (),
-    "bad_words_ids": ([],),
-    "begin_suppress_tokens": ([],),
-    "constraints": ([],),
-    "diversity_penalty": (0,),
-    "dola_layers": (),
-    "encoder_no_repeat_ngram_size": (0,),
-    "encoder_repetition_penalty": (1,),
-    "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,),
-    "exponential_decay_length_penalty": (),
-    "force_words_ids": ([],),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "guidance_scale": (1,),
-    "max_time": (),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "min_p": (0,),
-    "no_repeat_ngram_size": (0,),
-    "num_beam_groups": (1,),
-    "num_beams": (1,),
-    "output_attentions": (),
-    "output_hidden_states": (),
-    "output_logits": (),
-    "output_scores": (),
-    "penalty_alpha": (0,),
-    "prompt_lookup_num_tokens": (),
-    "remove_invalid_values": (),
-    "repetition_penalty": (1,),
-    "sequence_bias": ({}, []),
-    "stop_strings": ([],),
-    "token_healing": (),
-    "top_h": (),
-    "typical_p": (1,),
-    "use_mtp": (),
-    "watermarking_config": (),
-}
 
 
 def generate(
@@ -112,17 +77,17 @@ def generate(
         ValueError: an option or input that cannot be honoured.
     """
     settings = settings_of(model)
-    config, others = _merged_config(model, generation_config, kwargs)
-    _refuse_unsupported(config, others, settings)
-    ids, attention_mask = _prompt_ids(inputs, input_ids, attention_mask, config)
+    config, others = merged_config(model, generation_config, kwargs)
+    refuse_unsupported(config, others, settings)
+    ids, attention_mask = checked_prompt(inputs, input_ids, attention_mask, config)
     eos = token_ids(config.eos_token_id)
     pad = config.pad_token_id
     if pad is None:
         pad = min(eos) if eos else settings.mask_token_id  # never part of a text
     if attention_mask is None:
-        attention_mask = _mask_of_left_padding(ids, int(pad), eos)
-    rows, padding = _unpadded(ids, attention_mask)
-    sampling = _sampling(config)
+        attention_mask = mask_of_left_padding(ids, int(pad), eos)
+    rows, padding = unpadded(ids, attention_mask)
+    sampling = sampling_of(config)
     plan = plan_of(
         settings, sampling, eos, sampler=sampler, mix_weight=mix_weight, proposals=proposals, block_size=block_size
     )
@@ -130,7 +95,7 @@ def generate(
     if streamer is not None and len(rows) * repeats > 1:
         raise ValueError("a streamer takes one row of text: give one prompt and num_return_sequences=1")
 
-    budget = _new_tokens(config, ids.shape[1])
+    budget = new_token_budget(config, ids.shape[1])
     criteria = StoppingCriteriaList(stopping_criteria or [])
     layout_model = layout_model_of(model)
     generator = None if seed is None else torch.Generator(layout_model.device).manual_seed(seed)
@@ -249,95 +214,3 @@ def _continue(
         if stopped:
             break
     return new
-
-
-def _merged_config(
-    model: Any, given: GenerationConfig | None, kwargs: dict[str, Any]
-) -> tuple[GenerationConfig, dict[str, Any]]:
-    """Keyword arguments over the given config over the model's own; and the arguments that are no config field."""
-    config = copy.deepcopy(model.generation_config if given is None else given)
-    for name, value in model.generation_config.to_dict().items():
-        if getattr(config, name, None) is None:
-            setattr(config, name, value)
-    # None asks for nothing: transformers passes every argument of `generate` on.
-    others = config.update(**{name: value for name, value in kwargs.items() if value is not None})
-    return config, others
-
-
-def _refuse_unsupported(config: GenerationConfig, others: dict[str, Any], settings: TidarSettings) -> None:
-    unsupported = {name: value for name, value in others.items() if value is not False}
-    for name, neutral in _REFUSED.items():
-        value = getattr(config, name, None)
-        if value is not None and value is not False and value not in neutral:
-            unsupported[name] = value
-    suppressed = set(config.suppress_tokens or ()) - {settings.mask_token_id}  # the mask token never comes out anyway
-    if suppressed:
-        unsupported["suppress_tokens"] = sorted(suppressed)
-    if unsupported:
-        listed = ", ".join(
-            f"{name}={value!r}" if isinstance(value, int | float | str | list) else name
-            for name, value in sorted(unsupported.items())
-        )
-        raise ValueError(
-            f"TiDAR decoding cannot honour {listed}: leave it out, set it to its neutral value where it comes from "
-            "generation_config, or load the model without trust_remote_code"
-        )
-
-
-def _prompt_ids(
-    inputs: Tensor | None, input_ids: Tensor | None, attention_mask: Tensor | None, config: GenerationConfig
-) -> tuple[Tensor, Tensor | None]:
-    if inputs is not None and input_ids is not None:
-        raise ValueError("the prompt was given twice, as inputs and as input_ids")
-    ids = inputs if inputs is not None else input_ids
-    if ids is None:
-        if config.bos_token_id is None:
-            raise ValueError("there is no prompt: give input_ids (the model has no BOS token to start from)")
-        return torch.tensor([[int(config.bos_token_id)]]), None
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or ids.numel() == 0:
-        shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(f"input_ids is {shape}, expected token ids of shape (rows, tokens), at least one token")
-    if attention_mask is not None and attention_mask.shape != ids.shape:
-        shape = tuple(attention_mask.shape)
-        raise ValueError(f"attention_mask has shape {shape}, expected that of input_ids, {tuple(ids.shape)}")
-    return ids, attention_mask
-
-
-def _mask_of_left_padding(ids: Tensor, pad: int, eos: frozenset[int]) -> Tensor:
-    """As transformers: leading pad tokens are padding, unless the pad token is one that ends texts."""
-    if pad in eos:
-        return torch.ones_like(ids)
-    return (ids != pad).long().cummax(-1).values
-
-
-def _unpadded(ids: Tensor, attention_mask: Tensor) -> tuple[list[list[int]], list[list[int]]]:
-    """The rows' prompts, and the padding before each."""
-    rows: list[list[int]] = []
-    padding: list[list[int]] = []
-    for row, mask in zip(ids.tolist(), (attention_mask != 0).tolist(), strict=True):
-        start = mask.index(True) if True in mask else len(row)
-        if start == len(row) or not all(mask[start:]):
-            raise ValueError("each prompt needs a token, and padding stands on the left: set padding_side='left'")
-        rows.append(row[start:])
-        padding.append(row[:start])
-    return rows, padding
-
-
-def _sampling(config: GenerationConfig) -> Sampling:
-    if not config.do_sample:
-        return Sampling()
-    return Sampling(
-        temperature=1.0 if config.temperature is None else config.temperature,
-        top_k=_DEFAULT_TOP_K if config.top_k is None else config.top_k,
-        top_p=1.0 if config.top_p is None else config.top_p,
-    )
-
-
-def _new_tokens(config: GenerationConfig, prompt_length: int) -> int:
-    if config.max_new_tokens is not None:
-        return config.max_new_tokens
-    if config.max_length is None:
-        return _DEFAULT_NEW_TOKENS
-    if config.max_length <= prompt_length:
-        raise ValueError(f"max_length is {config.max_length}, the prompt has {prompt_length} tokens: leave room")
-    return config.max_length - prompt_length

@@ -7,6 +7,7 @@ from typing import Any
 
 FORMAT_VERSION = 1
 DEFAULT_BLOCK_SIZE = 16
+MAX_BLOCK_SIZE = 1024
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class TidarSettings:
             raise ValueError(
                 f"tidar.format_version is {self.format_version}, this version reads up to {FORMAT_VERSION}: upgrade"
             )
-        if self.block_size < 1:
-            raise ValueError(f"tidar.block_size is {self.block_size}, expected at least 1")
+        if not 2 <= self.block_size <= MAX_BLOCK_SIZE:
+            raise ValueError(f"tidar.block_size is {self.block_size}, expected 2 to {MAX_BLOCK_SIZE}")
         if self.mask_token_id < 0:
             raise ValueError(f"tidar.mask_token_id is {self.mask_token_id}, expected a token id")
         if self.proposals is not None:

@@ -5,6 +5,7 @@ A problem is one addition of two numbers below 100, worked digit column by digit
     Mia has 27 apples. She buys 35 more. How many apples does she have now?
     Start with 27 apples and add 35. Ones: 7+5=12, write 2, carry 1. Tens: 2+3+1=6. So 27+35=62. The answer is 62.
 
+Three of the phrases have two wordings, drawn evenly: as in real text, the numbers are certain and the words are not.
 One pair of numbers in ten is held out (`is_held_out`): a held-out problem's sum was never seen in training, whatever
 names and things dress it. Run this file to write JSONL:
 
@@ -70,18 +71,20 @@ def problem(rng: random.Random, split: Split) -> Problem:
     name = rng.choice(sorted(_PEOPLE))
     pronoun, thing, gains = _PEOPLE[name], rng.choice(_THINGS), rng.choice(_GAINS)
     prompt = f"{name} has {a} {thing}. {pronoun} {gains} {b} more. How many {thing} does {pronoun.lower()} have now?\n"
-    return Problem(prompt, _worked(a, b, thing), a + b)
+    return Problem(prompt, _worked(a, b, thing, rng), a + b)
 
 
-def _worked(a: int, b: int, thing: str) -> str:
+def _worked(a: int, b: int, thing: str, rng: random.Random) -> str:
     ones = a % 10 + b % 10
     carry = ones // 10
     tens = a // 10 + b // 10 + carry
+    start = rng.choice([f"Start with {a} {thing} and add {b}.", f"First there are {a} {thing}, then {b} more."])
+    write = rng.choice([f"write {ones % 10}, carry {carry}", f"so {ones % 10} and carry {carry}"])
+    end = rng.choice([f"So {a}+{b}={a + b}.", f"That makes {a + b} {thing}."])
     return (
-        f"Start with {a} {thing} and add {b}. "
-        f"Ones: {a % 10}+{b % 10}={ones}, write {ones % 10}, carry {carry}. "
+        f"{start} Ones: {a % 10}+{b % 10}={ones}, {write}. "
         f"Tens: {a // 10}+{b // 10}+{carry}={tens}. "
-        f"So {a}+{b}={a + b}. The answer is {a + b}."
+        f"{end} The answer is {a + b}."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -143,11 +144,39 @@ def test_missing_weights_are_not_made_up(checkpoint: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match="do not fit"):
         load_model(resolve(folder))
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="model of larger cannot be loaded"):
+    with pytest.raises(UserError, match="has no weights"):
         load_model(resolve(folder))
-    (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="tokenizer of larger cannot be loaded"):
-        load_model(resolve(folder))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json"),
+        (lambda folder: _rename_the_mask(folder / "tokenizer.json"), "not the one that the checkpoint was converted"),
+        (lambda folder: _cut(folder / "model.safetensors", 1000), "truncated"),
+    ],
+    ids=["no tokenizer", "another tokenizer", "truncated weights"],
+)
+def test_a_damaged_checkpoint_is_refused_before_anything_is_made_up(
+    checkpoint: Path, tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for path in checkpoint.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    damage(folder)
+    result = run(folder, PROMPT)
+    assert result.exit_code == 1
+    assert message in " ".join(result.stderr.split())
+    assert result.stdout == ""
+
+
+def _rename_the_mask(path: Path) -> None:
+    path.write_text(path.read_text().replace("<mask>", "<musk>"))
+
+
+def _cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:-size])
 
 
 def test_the_dtype_is_as_asked_and_a_device_that_is_not_there_is_refused(checkpoint: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.checkpoint.disk import small_disk
 from tests.training.runs import make_run, metrics_of
 from zconvert.errors import UserError
 from zconvert.recipe import MidtrainRecipe
@@ -126,3 +127,40 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_state(tmp_
     with pytest.raises(UserError, match="the loss is nan"):
         _train(settings)
     assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_a_full_disk_stops_the_run_with_one_error_and_it_goes_on_once_there_is_space(
+    uninterrupted: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    settings, checkpoint = uninterrupted
+    reference = checkpoint.parent
+    state = (reference / "train_state" / "step-00000030" / "state.pt").stat().st_size
+    with small_disk(tmp_path / "disk", f"{(2 * state + state // 2) // 1024}k") as disk:
+        run_dir = disk / "run"
+        settings = {**settings, "output_dir": str(run_dir), "save_total_limit": 3}
+        with pytest.raises(UserError, match="could not be written"):
+            _train(settings)
+        assert [step for step, _ in states_in(run_dir)] == [4, 8]
+        assert not list((run_dir / "train_state").glob(".*"))
+        assert not (run_dir / "checkpoint").exists()
+        subprocess.run(["mount", "-o", f"remount,size={9 * state // 1024}k", str(disk)], check=True)
+        _train(settings)
+        assert metrics_of(run_dir) == metrics_of(reference)
+        assert (run_dir / "checkpoint" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("free", ["0k", "12k"])
+def test_a_disk_that_is_full_from_the_start_is_said_to_be_so(tmp_path: Path, free: str) -> None:
+    settings = make_run(tmp_path)
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        (disk / "filler").write_bytes(b"x" * (1024**2 - int(free[:-1]) * 1024))
+        with pytest.raises(UserError, match=r"(disk is full|could not be written)"):
+            _train({**settings, "output_dir": str(disk / "run")})
+        assert not (disk / "run" / "checkpoint").exists()
+
+
+def test_an_output_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    settings = make_run(tmp_path)
+    Path(settings["output_dir"]).write_text("not a folder")
+    with pytest.raises(UserError, match="is a file"):
+        _train(settings)

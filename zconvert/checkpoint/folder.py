@@ -82,6 +82,17 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Tells of a write to `out` that fails as a `UserError`: what failed, the space that is left, and the fix."""
+    try:
+        yield
+    except OSError as error:
+        refusal = _as_user_error(error, out)
+        assert refusal is not None
+        raise refusal from error
+
+
 def place(src: Path, dst: Path) -> None:
     """Puts an unchanged file at `dst`, the cheapest way that works: reflink, hard link, copy.
 

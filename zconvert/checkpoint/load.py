@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from zconvert.checkpoint.source import Source
+from zconvert.checkpoint.mask_token import read_vocabulary
+from zconvert.checkpoint.source import Source, headers_of, read_config, tidar_settings
 from zconvert.errors import UserError
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -33,6 +34,7 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place = _device(device)
+    _check_files(source)
     common: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     with _quiet():
         try:
@@ -87,6 +89,20 @@ def end_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     from zconvert.tidar.generate import token_ids
 
     return token_ids(model.generation_config.eos_token_id) | token_ids(tokenizer.eos_token_id)
+
+
+def _check_files(source: Source) -> None:
+    """Refuses what transformers would load as something else: without tokenizer files it makes up an empty one."""
+    headers_of(source)  # damaged weights are told apart better here than by a loader
+    vocabulary, settings = read_vocabulary(source.folder), tidar_settings(read_config(source.folder))
+    if settings is not None and vocabulary.ids.get(settings.mask_token) != settings.mask_token_id:
+        found = vocabulary.ids.get(settings.mask_token)
+        raise UserError(
+            "the tokenizer is not the one that the checkpoint was converted with",
+            found=f"no token {settings.mask_token!r}" if found is None else f"{settings.mask_token!r} has id {found}",
+            expected=f"the mask token {settings.mask_token!r} with id {settings.mask_token_id}",
+            fix="copy the tokenizer's files from the converted checkpoint",
+        )
 
 
 def _device(name: str) -> Any:

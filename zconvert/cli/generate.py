@@ -35,7 +35,7 @@ class Sampler(StrEnum):
 def command(
     checkpoint: options.Checkpoint,
     prompt: Annotated[
-        str | None, typer.Argument(metavar="[PROMPT]", help="Text to go on from; '-' or nothing reads stdin.")
+        str | None, typer.Argument(metavar="PROMPT", help="Text to go on from; '-' or nothing reads stdin.")
     ] = None,
     prompt_option: Annotated[str | None, typer.Option("--prompt", help="The same, as an option.")] = None,
     sampler: Annotated[

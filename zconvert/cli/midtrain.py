@@ -29,7 +29,8 @@ def command(
     started = time.monotonic()
     first_step: list[int] = []
 
-    with Live(console=err, refresh_per_second=4, transient=False) as live:
+    # Into a file goes one line for each report instead of a display that redraws itself.
+    with Live(console=err, refresh_per_second=4, transient=not err.is_terminal) as live:
 
         def show(progress: Progress) -> None:
             if progress.message is not None:
@@ -41,9 +42,10 @@ def command(
                 first_step.append(metrics["step"] - settings.logging_steps)
             done = max(1, metrics["step"] - first_step[0])
             left = (time.monotonic() - started) / done * (metrics["max_steps"] - metrics["step"])
-            live.update(_view(metrics, left))
-            if not live.console.is_terminal:
-                live.console.print(_line(metrics, left))
+            if live.console.is_terminal:
+                live.update(_view(metrics, left))
+            else:
+                live.console.print(_line(metrics, left), soft_wrap=True)
 
         try:
             folder = midtrain(settings, show)

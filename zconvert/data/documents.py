@@ -193,7 +193,7 @@ def _files(path: Path) -> list[Path]:
     if not found or found[0].suffix not in _SUFFIXES:
         raise UserError(
             f"dataset {path} is of no kind that can be read",
-            found="a folder without such files" if path.is_dir() else f"a file named *{path.suffix}",
+            found="a folder without such files" if path.is_dir() else f"a file named {path.name}",
             expected="a .jsonl or .txt file, or a folder of them",
             fix="convert it to JSON lines such as " + json.dumps({"text": "one document"}),
         )

@@ -8,6 +8,15 @@ from typing import Any
 FORMAT_VERSION = 1
 DEFAULT_BLOCK_SIZE = 16
 MAX_BLOCK_SIZE = 1024
+_KINDS: dict[str, type] = {
+    "block_size": int,
+    "mask_token_id": int,
+    "mask_token": str,
+    "mask_token_source": str,
+    "mode": str,
+    "block_offset": str,
+    "format_version": int,
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,14 @@ class TidarSettings:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
+        for name, kinds in _KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise ValueError(f"tidar.{name} is {value!r}, expected {'a whole number' if kinds is int else 'text'}")
+        if self.proposals is not None and not isinstance(self.proposals, tuple):
+            raise ValueError(f"tidar.proposals is {self.proposals!r}, expected a list of accepted counts")
+        if self.proposals is not None and not all(type(count) is int for count in self.proposals):
+            raise ValueError(f"tidar.proposals are {list(self.proposals)}, expected whole numbers")
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"tidar.format_version is {self.format_version}, this version reads up to {FORMAT_VERSION}: upgrade"

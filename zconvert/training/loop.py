@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from zconvert.checkpoint.folder import writing
 from zconvert.data.packing import Batch, PackedRows
 from zconvert.errors import UserError
 from zconvert.recipe import MidtrainRecipe
@@ -28,6 +29,8 @@ from zconvert.tidar.settings import TidarSettings
 from zconvert.training.objective import LossSums, Targets, expected_accepted, packed_losses
 from zconvert.training.schedule import learning_rate_factor
 from zconvert.training.state import load_latest, load_state, save_state
+
+METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,8 @@ class Trainer:
                 last = self.step == recipe.max_steps
                 if self.step % recipe.logging_steps == 0 or last:
                     metrics = self._take_metrics()
-                    metrics_file.write(json.dumps(metrics) + "\n")
-                    metrics_file.flush()
+                    with writing(self.run_dir / METRICS_FILE):
+                        metrics_file.write((json.dumps(metrics) + "\n").encode())
                     self.on_progress(Progress(metrics=metrics))
                 if self.step % recipe.save_steps == 0 or last or stopping is not None:
                     save_state(self.run_dir, self.step, self._state(), recipe.save_total_limit)
@@ -247,7 +250,7 @@ class Trainer:
     @contextmanager
     def _metrics_file(self) -> Iterator[Any]:
         """metrics.jsonl, open for appending, without the rows of steps that will be done again."""
-        path = self.run_dir / "metrics.jsonl"
+        path = self.run_dir / METRICS_FILE
         kept = []
         if path.exists():
             for line in path.read_text().splitlines():
@@ -257,9 +260,12 @@ class Trainer:
                 except (ValueError, KeyError, TypeError):
                     break  # a line half-written when the power went: it and what follows will be written again
         partial = path.with_suffix(".jsonl.partial")
-        partial.write_text("".join(line + "\n" for line in kept))
-        partial.replace(path)
-        with path.open("a") as file:
+        with writing(path):
+            partial.write_text("".join(line + "\n" for line in kept))
+            partial.replace(path)
+            # Unbuffered: every row is there as soon as it is told of, and a full disk is noticed at its row.
+            file = path.open("ab", buffering=0)
+        with file:
             yield file
 
 

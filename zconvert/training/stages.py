@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 import torch
 
+from zconvert.checkpoint.folder import writing
 from zconvert.checkpoint.load import load_model
 from zconvert.checkpoint.source import require_converted, resolve
 from zconvert.checkpoint.weights import save_trained
@@ -74,13 +74,12 @@ def midtrain(recipe: MidtrainRecipe, on_progress: OnProgress) -> Path:
 
 def _write_recipe(run_dir: Path, recipe: MidtrainRecipe) -> None:
     """Puts the recipe, every setting written out, into the run's folder."""
-    try:
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(
+            f"output_dir {run_dir} is a file", expected="a folder, new or of this run", fix="choose another name"
+        )
+    with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         partial = run_dir / "recipe.yaml.partial"
         partial.write_text(dump_recipe(recipe))
         partial.replace(run_dir / "recipe.yaml")
-    except OSError as error:
-        free = shutil.disk_usage(run_dir.parent).free if run_dir.parent.exists() else 0
-        raise UserError(
-            f"the run's folder {run_dir} cannot be written", found=f"{error.strerror}, {free:,} bytes free"
-        ) from error

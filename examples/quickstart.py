@@ -163,7 +163,7 @@ def show(results: dict[str, Any], path: Path) -> None:
         ),
         ("AR, tokens/s", f"{results['ar']['tokens_per_second']:.1f}", "", None),
         (
-            "Lossless, tokens per forward",
+            "Lossless, tokens/forward",
             f"{per_forward:.2f}",
             f"≥ {AIM_TOKENS_PER_FORWARD}",
             per_forward >= AIM_TOKENS_PER_FORWARD,
@@ -172,7 +172,7 @@ def show(results: dict[str, Any], path: Path) -> None:
         ("Lossless against AR", f"{lossless['speedup']:.2f}×", f"≥ {AIM_SPEEDUP}×", lossless["speedup"] >= AIM_SPEEDUP),
         ("Lossless, same text as AR", f"{same}/{results['prompts']}", "all", same == results["prompts"]),
         (
-            f"Mixed (w = {mixed['mix_weight']:g}), tokens per forward",
+            f"Mixed w = {mixed['mix_weight']:g}, tokens/forward",
             f"{mixed['tokens_per_forward']:.2f}",
             "above lossless",
             mixed["tokens_per_forward"] > per_forward,

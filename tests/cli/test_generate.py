@@ -54,7 +54,7 @@ def test_greedy_text_is_that_of_transformers_and_nothing_else_is_on_stdout(check
         result = run(checkpoint, PROMPT, "--sampler", sampler, "--max-new-tokens", 12)
         assert result.exit_code == 0, result.output
         assert PROMPT + result.stdout.rstrip("\n") == whole
-        assert "forwards, " in result.stderr
+        assert " forwards (" in result.stderr
         assert "tokens/s" in result.stderr
 
 
@@ -222,7 +222,7 @@ def test_the_prefill_does_not_count_among_the_forwards_of_a_ratio() -> None:
     assert tally.tokens_per_forward is None
     tally.tokens, tally.forwards, tally.seconds = 9, 5, 2.0
     assert tally.tokens_per_forward == 2.0
-    assert str(tally) == "9 tokens, 5 forwards, 2.00 tokens per forward after the prefill, 4.5 tokens/s"
+    assert str(tally) == "9 tokens in 5 forwards (2.00 tokens each after the prefill), 4.5 tokens/s"
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:

@@ -182,9 +182,9 @@ class Tally:
     def __str__(self) -> str:
         """One line for people."""
         each = self.tokens_per_forward
-        parts = [_plural(self.tokens, "token"), _plural(self.forwards, "forward")]
-        parts += [] if each is None else [f"{each:.2f} tokens per forward after the prefill"]
-        return ", ".join([*parts, f"{self.tokens / self.seconds:.1f} tokens/s"])
+        mean = "" if each is None else f" ({each:.2f} tokens each after the prefill)"
+        counts = f"{_plural(self.tokens, 'token')} in {_plural(self.forwards, 'forward')}"
+        return f"{counts}{mean}, {self.tokens / self.seconds:.1f} tokens/s"
 
 
 def _prompt(argument: str | None, option: str | None) -> str:

@@ -43,7 +43,10 @@ app.command("midtrain", epilog=_examples("zconvert midtrain recipes/quickstart/m
 )
 app.command(
     "generate",
-    epilog=_examples("zconvert generate ./my-run --prompt 'Mia has 27 apples.' --show-blocks"),
+    epilog=_examples(
+        "zconvert generate ./my-run 'Once upon a time' --show-blocks",
+        "zconvert generate ./my-run --sampler mixed --mix-weight 0.3 < prompt.txt",
+    ),
 )(ui.handled(generate.command))
 app.command("bench", epilog=_examples("zconvert bench ./my-run", "zconvert bench ./my-run --json > bench.json"))(
     ui.handled(bench.command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -37,19 +38,31 @@ def block_logits(plain: Any, prefix: Tensor, block: Tensor | int) -> Tensor:
     """
     slots = torch.full((block,), MASK) if isinstance(block, int) else block
     ids = torch.cat([prefix, slots])
-    masks = _masks_by_layer_type(plain.config, len(prefix), len(slots))
+    masks = _masks(plain, len(prefix), len(slots))
     return plain(input_ids=ids[None], attention_mask=masks, use_cache=False).logits[0, len(prefix) :]
 
 
-def _masks_by_layer_type(config: Any, prefix: int, block: int) -> Any:
-    def mask(window: int | None) -> Tensor:
+def _masks(plain: Any, prefix: int, block: int) -> Any:
+    """What the model's own code would take: read in its source, so that the family table has no say in it."""
+
+    def mask(window: int | None = None, chunk: int | None = None) -> Tensor:
         bias = torch.full((prefix + block, prefix + block), torch.finfo(torch.float32).min)
         for query in range(prefix + block):
             for key in range(prefix + block):
-                if (key <= query or query >= prefix) and (window is None or key > query - window):
+                near = window is None or key > query - window
+                same_chunk = chunk is None or key // chunk == query // chunk
+                if (key <= query or query >= prefix) and near and same_chunk:
                     bias[query, key] = 0
         return bias[None, None]
 
-    if getattr(config, "layer_types", None) is None:
-        return mask(getattr(config, "sliding_window", None))
-    return {"hybrid": mask(None), "hybrid_sliding": mask(config.sliding_window), "conv": None}
+    config, source = plain.config, inspect.getsource(inspect.getmodule(type(plain)))
+    window = getattr(config, "sliding_window", None) or getattr(config, "sliding_window_size", None)
+    if "attention_mask, dict)" not in source:
+        return mask(window if "create_sliding_window_causal_mask" in source else None)
+    full, chunk = mask(), getattr(config, "attention_chunk_size", None)
+    return {
+        **dict.fromkeys(("full_attention", "attention", "indexed_attention", "hybrid"), full),
+        **dict.fromkeys(("sliding_attention", "hybrid_sliding"), mask(window)),
+        "chunked_attention": mask(chunk=chunk),
+        **dict.fromkeys(("conv", "linear_attention")),
+    }

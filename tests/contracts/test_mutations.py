@@ -16,6 +16,7 @@ from zconvert.tidar import layout as layouts
 from zconvert.tidar import masks
 from zconvert.tidar.cache import TidarCache
 from zconvert.tidar.layout import CLEAN, Layout
+from zconvert.tidar.masks import EVERYTHING, Reach
 
 CAUGHT = 50 * TOLERANCE
 ALL = tuple(CONTRACT_MODELS)
@@ -68,11 +69,11 @@ def decoding(spoil: Callable[[Layout], Layout]) -> Callable[[Patch], None]:
     return lambda patch: patch.setattr(layouts, "decode_layout", lambda *a, **k: spoil(right(*a, **k)))
 
 
-def seeing(spoil: Callable[[Tensor, Layout, Layout, int | None], Tensor]) -> Callable[[Patch], None]:
+def seeing(spoil: Callable[[Tensor, Layout, Layout, Reach], Tensor]) -> Callable[[Patch], None]:
     right = masks.visible
 
-    def wrong(query: Layout, key: Layout, window: int | None = None) -> Tensor:
-        return spoil(right(query, key, window), query, key, window)
+    def wrong(query: Layout, key: Layout, reach: Reach = EVERYTHING) -> Tensor:
+        return spoil(right(query, key, reach), query, key, reach)
 
     return lambda patch: patch.setattr(masks, "visible", wrong)
 
@@ -107,37 +108,37 @@ def previous_slot(layout: Layout) -> Layout:
     return replace(layout, predecessors=torch.where(layout.is_masked, columns, layout.predecessors))
 
 
-def also_mask_slots(seen: Tensor, query: Layout, key: Layout, _: int | None) -> Tensor:
+def also_mask_slots(seen: Tensor, query: Layout, key: Layout, _: Reach) -> Tensor:
     earlier = key.position_ids[:, None, :] <= query.position_ids[:, :, None]
     same_document = query.document_ids[:, :, None] == key.document_ids[:, None, :]
     return seen | (~query.is_masked[:, :, None] & key.is_masked[:, None, :] & earlier & same_document)
 
 
-def causal_slots(seen: Tensor, query: Layout, key: Layout, _: int | None) -> Tensor:
+def causal_slots(seen: Tensor, query: Layout, key: Layout, _: Reach) -> Tensor:
     later = key.position_ids[:, None, :] > query.position_ids[:, :, None]
     return seen & ~(query.is_masked[:, :, None] & later)
 
 
-def no_window(seen: Tensor, query: Layout, key: Layout, _: int | None) -> Tensor:
-    return RIGHT_VISIBLE(query, key, None)
+def no_window(seen: Tensor, query: Layout, key: Layout, _: Reach) -> Tensor:
+    return RIGHT_VISIBLE(query, key, EVERYTHING)
 
 
-def no_window_for_slots(seen: Tensor, query: Layout, key: Layout, _: int | None) -> Tensor:
-    return torch.where(query.is_masked[:, :, None], RIGHT_VISIBLE(query, key, None), seen)
+def no_window_for_slots(seen: Tensor, query: Layout, key: Layout, _: Reach) -> Tensor:
+    return torch.where(query.is_masked[:, :, None], RIGHT_VISIBLE(query, key, EVERYTHING), seen)
 
 
-def window_one_short(seen: Tensor, query: Layout, key: Layout, window: int | None) -> Tensor:
-    return RIGHT_VISIBLE(query, key, None if window is None else window - 1)
+def window_one_short(seen: Tensor, query: Layout, key: Layout, reach: Reach) -> Tensor:
+    return RIGHT_VISIBLE(query, key, EVERYTHING if reach.window is None else Reach(window=reach.window - 1))
 
 
-def across_documents(_: Tensor, query: Layout, key: Layout, window: int | None) -> Tensor:
+def across_documents(_: Tensor, query: Layout, key: Layout, reach: Reach) -> Tensor:
     def one_document(layout: Layout) -> Layout:
         return replace(layout, document_ids=torch.zeros_like(layout.document_ids))
 
-    return RIGHT_VISIBLE(one_document(query), one_document(key), window)
+    return RIGHT_VISIBLE(one_document(query), one_document(key), reach)
 
 
-def other_blocks(seen: Tensor, query: Layout, key: Layout, _: int | None) -> Tensor:
+def other_blocks(seen: Tensor, query: Layout, key: Layout, _: Reach) -> Tensor:
     return seen | (query.is_masked[:, :, None] & (key.block_ids != CLEAN)[:, None, :])
 
 
@@ -159,8 +160,8 @@ def scratch_kept(patch: Patch) -> None:
 
     def wrong(cache: TidarCache, keys: Tensor, values: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
         written = cache.__dict__.setdefault("written", {})
-        held = cache._slots.get(layer)
-        old = None if held is None else tuple(t.clone() for t in held)
+        held = cache._slots.get((layer, "keys")), cache._slots.get((layer, "values"))
+        old = None if held[0] is None else tuple(t.clone() for t in held)
         all_keys, all_values = RIGHT_UPDATE(cache, keys, values, layer)
         if old is not None:
             kept = slice(cache.committed, min(written[layer], all_keys.shape[2]))
@@ -175,8 +176,8 @@ def states_of_rejected_drafts(patch: Patch) -> None:
     """The convolution goes on from the forward's last draft, accepted or not."""
 
     def wrong(cache: TidarCache, count: int) -> None:
-        for layer, (states, past) in cache._stash.items():
-            cache._stash[layer] = (tuple(s[:, BLOCK : BLOCK + count + past] for s in states), past)
+        for place, (states, past) in cache._stash.items():
+            cache._stash[place] = (states[:, BLOCK : BLOCK + count + past], past)
         RIGHT_COMMIT(cache, count)
 
     patch.setattr(TidarCache, "commit", wrong)
@@ -186,8 +187,8 @@ def states_one_late(patch: Patch) -> None:
     """The convolution goes on from the token before the last accepted one."""
 
     def wrong(cache: TidarCache, count: int) -> None:
-        for layer, (states, past) in cache._stash.items():
-            cache._stash[layer] = (tuple(torch.cat([s[:, :1], s], dim=1) for s in states), past)
+        for place, (states, past) in cache._stash.items():
+            cache._stash[place] = (torch.cat([states[:, :1], states], dim=1), past)
         RIGHT_COMMIT(cache, count)
 
     patch.setattr(TidarCache, "commit", wrong)

@@ -68,14 +68,14 @@ def test_states_keep_their_dtype() -> None:
 
 def test_token_states_are_those_that_end_with_the_last_token_committed() -> None:
     cache = TidarCache()
-    assert cache.token_states(0) is None
+    assert cache.token_states(0, "conv") is None
     past, new = torch.tensor([[[-2.0], [-1.0]]]), torch.tensor([[[10.0], [11.0], [12.0]]])
     for count, expected in ((1, [-1.0, 10.0]), (2, [10.0, 11.0]), (3, [11.0, 12.0])):
-        cache.stash_token_states(0, (torch.cat([past, new], dim=1),), past=2)
+        cache.stash_token_states(0, "conv", torch.cat([past, new], dim=1), past=2)
         cache.commit(count)
-        held = cache.token_states(0)
+        held = cache.token_states(0, "conv")
         assert held is not None
-        assert held[0].flatten().tolist() == expected
+        assert held.flatten().tolist() == expected
 
 
 def test_a_new_cache_is_empty() -> None:

@@ -9,8 +9,10 @@ from transformers import ZayaConfig
 from transformers.models.zaya.modeling_zaya import ZayaCCAProjection
 
 from zconvert.tidar.cache import TidarCache
-from zconvert.tidar.cca import PredecessorAwareCCA, graft_cca, predecessors_of
+from zconvert.tidar.cca import PredecessorAwareCCA, graft_cca
 from zconvert.tidar.layout import Layout, decode_layout, packed_layout
+from zconvert.tidar.predecessors import Predecessors
+from zconvert.tidar.predecessors import predecessors_of as over_past
 
 KERNELS = [(2, 2), (3, 2), (2, 3), (4, 3), (1, 2), (2, 1)]
 
@@ -38,6 +40,10 @@ def aware(config: ZayaConfig, stock: ZayaCCAProjection) -> PredecessorAwareCCA:
     grafted = PredecessorAwareCCA(config, layer_idx=0)
     grafted.load_state_dict(stock.state_dict())
     return grafted
+
+
+def predecessors_of(layout: Layout, config: ZayaConfig, cache: TidarCache | None) -> Predecessors:
+    return over_past(layout, (config.cca_time0 - 1) + (config.cca_time1 - 1), cache)
 
 
 def states(length: int, rows: int = 1) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from zconvert.tidar.layout import NO_PREDECESSOR, PADDING, Layout, decode_layout, packed_layout, with_committed
-from zconvert.tidar.masks import visible
+from zconvert.tidar.masks import Reach, visible
 
 
 def documents(*lengths: int, padding: int = 0) -> Tensor:
@@ -16,7 +16,7 @@ def documents(*lengths: int, padding: int = 0) -> Tensor:
 
 def drawn(query: Layout, key: Layout | None = None, window: int | None = None) -> str:
     """The mask as the docstrings draw it."""
-    seen = visible(query, query if key is None else key, window)[0]
+    seen = visible(query, query if key is None else key, Reach(window=window))[0]
     return "\n".join("".join("1" if hit else "." for hit in row) for row in seen.tolist())
 
 

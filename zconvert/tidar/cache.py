@@ -25,48 +25,47 @@ class TidarCache(Cache):
         super().__init__(layers=[])
         self.committed = 0
         """tokens that stay"""
-        self._slots: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values (R, heads, capacity, head_dim)
-        self._states: dict[int, tuple[Tensor, ...]] = {}
-        self._stash: dict[int, tuple[tuple[Tensor, ...], int]] = {}
+        self._slots: dict[tuple[int, str], Tensor] = {}  # (layer, what) -> states (R, …, capacity, width)
+        self._states: dict[tuple[int, str], Tensor] = {}  # (layer, what) -> (R, past, width)
+        self._stash: dict[tuple[int, str], tuple[Tensor, int]] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object) -> tuple[Tensor, Tensor]:
-        """Writes the (R, heads, N, head_dim) states of a forward's tokens; returns those of all tokens it may see."""
-        end = self.committed + key_states.shape[2]
-        keys, values = self._reserve(layer_idx, end, key_states, value_states)
-        keys[:, :, self.committed : end] = key_states
-        values[:, :, self.committed : end] = value_states
-        return keys[:, :, :end], values[:, :, :end]
+        """Writes the (R, heads, N, head_dim) states of a forward's tokens; returns those of all tokens it may see.
 
-    def _reserve(self, layer_idx: int, end: int, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        held = self._slots.get(layer_idx)
-        if held is not None and held[0].shape[2] >= end:
-            return held
-        capacity = (end + end // 2 + GROWTH - 1) // GROWTH * GROWTH
+        Keys and values may differ in heads and width; MLA layers keep their latent states here.
+        """
+        return self._write((layer_idx, "keys"), key_states), self._write((layer_idx, "values"), value_states)
 
-        def grown(old: Tensor | None, like: Tensor) -> Tensor:
-            new = like.new_empty(*like.shape[:2], capacity, like.shape[3])
-            if old is not None:
-                new[:, :, : self.committed] = old[:, :, : self.committed]
-            return new
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
+        """The same for the (R, N, width) keys by which a sparse indexer chooses what its layer attends to."""
+        return self._write((layer_idx, "indexer"), indexer_key_states)
 
-        old_keys, old_values = held if held is not None else (None, None)
-        self._slots[layer_idx] = grown(old_keys, key_states), grown(old_values, value_states)
-        return self._slots[layer_idx]
+    def _write(self, place: tuple[int, str], states: Tensor) -> Tensor:
+        """Puts (…, N, width) states behind the committed ones; returns (…, committed + N, width), a view."""
+        end = self.committed + states.shape[-2]
+        held = self._slots.get(place)
+        if held is None or held.shape[-2] < end:
+            capacity = (end + end // 2 + GROWTH - 1) // GROWTH * GROWTH
+            grown = states.new_empty(*states.shape[:-2], capacity, states.shape[-1])
+            if held is not None:
+                grown[..., : self.committed, :] = held[..., : self.committed, :]
+            self._slots[place] = held = grown
+        held[..., self.committed : end, :] = states
+        return held[..., :end, :]
 
-    def token_states(self, layer_idx: int) -> tuple[Tensor, ...] | None:
-        """The latest committed tokens' states of a layer, each (R, H, …); None before the first commit."""
-        return self._states.get(layer_idx)
+    def token_states(self, layer_idx: int, name: str) -> Tensor | None:
+        """(R, past, C): the latest committed tokens' states of a layer; None before the first commit."""
+        return self._states.get((layer_idx, name))
 
-    def stash_token_states(self, layer_idx: int, states: tuple[Tensor, ...], past: int) -> None:
-        """Keeps a forward's states, each (R, past + N, …), until `commit` says how many tokens stay."""
-        self._stash[layer_idx] = (states, past)
+    def stash_token_states(self, layer_idx: int, name: str, states: Tensor, past: int) -> None:
+        """Keeps a forward's (R, past + N, C) states until `commit` says how many tokens stay."""
+        self._stash[layer_idx, name] = states, past
 
     def commit(self, count: int) -> None:
         """Keeps the first `count` tokens of the latest forward."""
         self.committed += count
-        for layer_idx, (states, past) in self._stash.items():
-            # The `past` rows that end with the last token kept.
-            self._states[layer_idx] = tuple(state[:, count : count + past] for state in states)
+        for place, (states, past) in self._stash.items():
+            self._states[place] = states[:, count : count + past]  # the `past` rows that end with the last token kept
         self._stash.clear()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -6,24 +6,39 @@ right in SDPA and silently wrong in eager attention, where True is added as 1.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .families import Family
-from .layout import Layout, with_committed
+from .layout import Layout
 
 SLIDING = ("sliding_attention", "hybrid_sliding")
+CHUNKED = ("chunked_attention",)
 
 
-def visible(query: Layout, key: Layout, window: int | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Reach:
+    """How far back the layers of one kind see, in positions; None: to the start of the document."""
+
+    window: int | None = None
+    """of a sliding layer: keys at `position > query position - window` only"""
+    chunk: int | None = None
+    """of a chunked layer: keys in the query's own chunk of so many positions only"""
+
+
+EVERYTHING = Reach()
+
+
+def visible(query: Layout, key: Layout, reach: Reach = EVERYTHING) -> Tensor:
     """Which keys each query sees.
 
     Args:
         query: layout of (R, Q).
         key: layout of (R, K).
-        window: of a sliding layer, in positions: keys at `position > query position - window` only.
+        reach: of the layer.
 
     Returns:
         (R, Q, K) bool.
@@ -34,11 +49,14 @@ def visible(query: Layout, key: Layout, window: int | None = None) -> Tensor:
     [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
     """
     key_is_clean = ~key.is_masked[:, None, :]
-    sees_clean = key_is_clean & (key.position_ids[:, None, :] < query.clean_limit[:, :, None])
+    query_position, key_position = query.position_ids[:, :, None], key.position_ids[:, None, :]
+    sees_clean = key_is_clean & (key_position < query.clean_limit[:, :, None])
     same_block = query.is_masked[:, :, None] & (query.block_ids[:, :, None] == key.block_ids[:, None, :])
     seen = (sees_clean | same_block) & (query.document_ids[:, :, None] == key.document_ids[:, None, :])
-    if window is not None:
-        seen &= key.position_ids[:, None, :] > query.position_ids[:, :, None] - window
+    if reach.window is not None:
+        seen &= key_position > query_position - reach.window
+    if reach.chunk is not None:
+        seen &= key_position // reach.chunk == query_position // reach.chunk
     return seen
 
 
@@ -48,37 +66,43 @@ def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return bias.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
 
 
-def layer_windows(config: Any) -> dict[str, int | None]:
-    """Layer type -> sliding window in positions, for the layer types that a config has."""
-    kinds = set(getattr(config, "layer_types", None) or ())
-    return {kind: config.sliding_window if kind in SLIDING else None for kind in sorted(kinds)}
+def reach_of(config: Any, kind: str) -> Reach:
+    """How far layers of a kind see, by the model's transformers config."""
+    if kind in SLIDING:
+        window = getattr(config, "sliding_window", None)
+        return Reach(window=window if window is not None else getattr(config, "sliding_window_size", None))
+    if kind in CHUNKED:
+        return Reach(chunk=config.attention_chunk_size)
+    return EVERYTHING
 
 
-def attention_masks(family: Family, config: Any, layout: Layout, committed: int, dtype: torch.dtype) -> Any:
-    """The `attention_mask` argument of a forward: one mask, or one for each layer type.
+def attention_masks(
+    family: Family, config: Any, layout: Layout, key: Layout, dtype: torch.dtype
+) -> Tensor | dict[str, Any] | None:
+    """The `attention_mask` argument of a forward: one mask, or one for each kind of layer.
 
     Args:
         family: the model's row of the family table.
         config: the model's transformers config.
         layout: the forward's tokens, (R, N).
-        committed: tokens in the cache before them; 0 in training.
+        key: the cache's tokens and these, (R, K).
         dtype: of the attention scores.
 
     Returns:
-        (R, 1, N, committed + N) additive, or a dict of these by layer type, as the family takes it. None in place of
-        a mask that would hide nothing from a single token.
+        (R, 1, N, K) additive, or a dict of these by kind of layer, as the family takes it. None in place of a mask that
+        would hide nothing from a single token.
     """
-    key = with_committed(layout, committed) if committed else layout
-    by_window: dict[int | None, Tensor | None] = {}
+    by_reach: dict[Reach, Tensor | None] = {}
 
-    def mask_for(window: int | None) -> Tensor | None:
-        if window is not None and window >= committed + layout.num_tokens:
-            window = None  # it would hide nothing
-        if window not in by_window:
-            alone = layout.num_tokens == 1 and window is None
-            by_window[window] = None if alone else additive(visible(layout, key, window), dtype)
-        return by_window[window]
+    def mask_for(reach: Reach) -> Tensor | None:
+        if any(size is not None and size >= key.num_tokens for size in (reach.window, reach.chunk)):
+            reach = EVERYTHING  # nothing is that far away
+        if reach not in by_reach:
+            alone = layout.num_tokens == 1 and reach == EVERYTHING and not family.indexed
+            by_reach[reach] = None if alone else additive(visible(layout, key, reach), dtype)
+        return by_reach[reach]
 
-    if family.mask_route == "layer_type":
-        return {kind: mask_for(window) for kind, window in layer_windows(config).items()}
-    return mask_for(getattr(config, "sliding_window", None))
+    if family.masks == "layer_type":
+        kinds = family.mask_keys or sorted(set(config.layer_types))
+        return {kind: mask_for(reach_of(config, kind)) for kind in kinds}
+    return mask_for(reach_of(config, "sliding_attention") if family.masks == "window" else EVERYTHING)

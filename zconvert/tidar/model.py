@@ -9,8 +9,11 @@ from torch import Tensor
 
 from .cache import TidarCache
 from .families import Family, judge
-from .layout import Layout
+from .grafts import graft
+from .layout import Layout, with_committed
 from .masks import attention_masks
+from .positions import ARGUMENT, Positions
+from .predecessors import predecessors_of
 
 
 class LayoutModel:
@@ -33,10 +36,9 @@ class LayoutModel:
             raise ValueError(f"this model cannot decode by TiDAR: {verdict.reason}")
         self.model = model
         self.family: Family = verdict.family
-        if self.family.mixing == "cca":
-            from .cca import graft_cca
-
-            graft_cca(model)
+        decoder = model.get_decoder()
+        self._decoder = model.model if decoder is model else decoder  # Llama 4's says that it is its own decoder
+        graft(model, self.family)
 
     def hidden_states(self, input_ids: Tensor, layout: Layout, cache: TidarCache | None = None) -> Tensor:
         """One forward of the decoder, without the head.
@@ -50,25 +52,50 @@ class LayoutModel:
             (R, N, hidden) after the final norm.
         """
         committed = cache.committed if cache is not None else 0
-        masks = attention_masks(self.family, self.model.config, layout, committed, self.model.dtype)
-        if self.family.mixing == "cca":
-            from .cca import predecessors_of
-
-            masks["conv"] = predecessors_of(layout, self.model.config, cache)
-        outputs = self.model.model(
+        key = with_committed(layout, committed) if committed else layout
+        config = self.model.config
+        masks = attention_masks(self.family, config, layout, key, self.model.dtype)
+        if self.family.mixing != "attention":
+            name, past = _convolution_past(self.family, config)
+            assert isinstance(masks, dict)
+            masks[name] = predecessors_of(layout, past, cache)
+        options = {ARGUMENT: Positions(layout.position_ids, key.position_ids)} if self.family.positions else {}
+        outputs = self._decoder(
             input_ids=input_ids,
             attention_mask=masks,
             position_ids=layout.position_ids,
             past_key_values=cache,
             use_cache=cache is not None,
+            **options,
         )
         return outputs.last_hidden_state
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """(…, hidden) -> (…, vocabulary) float32."""
-        return self.model.lm_head(hidden_states).float()
+        """(…, hidden) -> (…, vocabulary) float32, as the model's own forward makes them."""
+        config, head = self.model.config, self.family.head
+        if head == "inkling":
+            hidden_states = hidden_states / config.logits_mup_width_multiplier
+        logits = self.model.lm_head(hidden_states).float()
+        if head == "logits_scaling":
+            return logits / config.logits_scaling
+        if head == "logit_scale":
+            return logits * config.logit_scale
+        if head == "softcap" and config.final_logit_softcapping is not None:
+            return torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
+        if head == "inkling" and config.unpadded_vocab_size is not None:
+            return logits[..., : config.unpadded_vocab_size]
+        return logits
 
     @property
     def device(self) -> torch.device:
         """Where the model's input goes."""
         return self.model.get_input_embeddings().weight.device
+
+
+def _convolution_past(family: Family, config: Any) -> tuple[str, int]:
+    """Under which name a family's convolutions take their mask, and how many tokens of the past they read."""
+    if family.mixing == "cca":
+        return "conv", (config.cca_time0 - 1) + (config.cca_time1 - 1)  # two convolutions, one after the other
+    if family.mixing == "lfm2":
+        return "conv", config.conv_L_cache - 1
+    return "linear_attention", max(config.sconv_kernel_size, config.conv_kernel_size) - 1

@@ -1,0 +1,100 @@
+"""The contracts on every family of the table, with texts longer than their windows, chunks and scales."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.contracts import checks
+from tests.contracts.checks import BLOCK, ROWS, TOLERANCE
+from tests.contracts.families import FAMILY_MODELS, family_pair
+from tests.contracts.models import MASK, Pair, random_ids
+from tests.contracts.reference import causal_logits
+from zconvert.tidar import decoding
+from zconvert.tidar.acceptance import Drafts, Sampling
+from zconvert.tidar.decoding import DecodePlan, decode
+from zconvert.tidar.families import FAMILIES
+from zconvert.tidar.settings import TidarSettings
+
+ROW = "offset 3 in several documents"
+
+
+@pytest.fixture(scope="module", params=list(FAMILY_MODELS))
+def family(request: pytest.FixtureRequest) -> Pair:
+    return family_pair(request.param)
+
+
+def test_every_family_of_the_table_is_tested_here() -> None:
+    assert sorted(FAMILY_MODELS) == sorted(FAMILIES)
+
+
+@torch.no_grad()
+def test_logits_of_the_converted_model_run_causally_are_the_sources(family: Pair) -> None:
+    ids = random_ids((24,), seed=1)
+    expected = causal_logits(family.plain, ids)
+    assert float(expected.abs().max()) > 0.3, "logits of nothing would prove nothing"
+    grafted = family.layout.model(input_ids=ids[None], use_cache=False).logits[0]
+    assert float((grafted - expected).abs().max()) < TOLERANCE
+
+
+def test_clean_logits_of_a_packed_row_are_those_of_each_document_alone(family: Pair) -> None:
+    for row in (ROW, "one document"):
+        assert checks.clean_logits_differ(family, ROWS[row]) < TOLERANCE
+
+
+def test_clean_tokens_never_see_mask_slots(family: Pair) -> None:
+    assert checks.clean_logits_see_mask_slots(family, ROWS[ROW]) < TOLERANCE
+
+
+def test_mask_slots_see_the_text_before_their_block_and_their_block(family: Pair) -> None:
+    for row in (ROW, "short last block"):
+        assert checks.mask_logits_differ(family, ROWS[row]) < TOLERANCE
+
+
+def test_mask_slots_never_see_their_own_clean_block(family: Pair) -> None:
+    assert checks.labels_leak(family, ROWS[ROW]) < TOLERANCE
+
+
+def test_cached_decoding_steps_equal_uncached_ones(family: Pair) -> None:
+    assert checks.cached_steps_differ(family) < TOLERANCE
+
+
+@pytest.mark.parametrize("proposals", [(1, 2, 3, 4), (1, 3)], ids=str)
+def test_greedy_text_is_the_sources_at_every_accepted_length(
+    family: Pair, proposals: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = random_ids((10,), seed=2).tolist()
+    expected = _greedy(family, prompt, 24)
+    told: list[int] = []
+
+    def drafts_right_up_to(logits: Any, *_: Any) -> Drafts:
+        """In place of the model's own drafts, which random weights get wrong: the text itself, for a while."""
+        tokens = expected[len(told) :][: len(logits)]
+        tokens += [0] * (len(logits) - len(tokens))
+        right = len(rounds) % BLOCK
+        rounds.append(right)
+        tokens[right:] = [(token + 1) % MASK for token in tokens[right:]]
+        return Drafts(torch.tensor(tokens), None, None)
+
+    rounds: list[int] = []
+    monkeypatch.setattr(decoding, "make_drafts", drafts_right_up_to)
+    plan = DecodePlan.tidar(TidarSettings(BLOCK, MASK), Sampling(), frozenset(), proposals=proposals)
+    accepted = []
+    for step in decode(family.layout, prompt, plan, len(expected)):
+        told += step.tokens
+        accepted.append(step.accepted)
+    assert told == expected
+    assert set(accepted[1:]) >= ({1, 2, 3, 4} if len(proposals) == 4 else {1, 2, 3})
+
+
+@torch.no_grad()
+def _greedy(pair: Pair, prompt: list[int], count: int) -> list[int]:
+    """Greedy text of the untouched model, without any cache."""
+    text = list(prompt)
+    for _ in range(count):
+        logits = causal_logits(pair.plain, torch.tensor(text))[-1]
+        logits[MASK] = -torch.inf
+        text.append(int(logits.argmax()))
+    return text[len(prompt) :]

@@ -1,0 +1,49 @@
+"""Layers of transformers that mix tokens past the attention mask, made to follow the layout, in place.
+
+A grafted layer keeps its weights and their names; without a layout's arguments it is the stock layer.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from .families import Family
+from .positions import InklingAttention, Llama4Attention
+from .short_conv import InklingConv, Lfm2Conv
+
+_BEFORE = {
+    "Lfm2ShortConv": Lfm2Conv,
+    "Lfm2MoeShortConv": Lfm2Conv,
+    "InklingShortConvolution": InklingConv,
+    "InklingAttention": InklingAttention,
+    "Llama4TextAttention": Llama4Attention,
+}
+"""stock class -> the class that goes before it"""
+
+
+def graft(model: Any, family: Family) -> None:
+    """Grafts what a family needs; twice is once.
+
+    Args:
+        model: a `…ForCausalLM` of transformers.
+        family: its row.
+    """
+    if family.mixing == "cca":
+        from .cca import graft_cca
+
+        graft_cca(model)
+    if family.sinks:
+        from .sinks import graft_sinks
+
+        graft_sinks(model)
+    for module in model.modules():
+        before = _BEFORE.get(type(module).__name__)
+        if before is not None and not isinstance(module, before):
+            stock: Any = type(module)
+            module.__class__ = _joined(before, stock)
+
+
+@cache
+def _joined(before: Any, stock: Any) -> Any:
+    return type(f"Layout{stock.__name__}", (before, stock), {"__module__": __name__})

@@ -63,6 +63,8 @@ FAMILY_MODELS: dict[str, dict[str, Any]] = {
         **MLA,
         "layer_types": ["indexed_attention", "sliding_attention"] * 2,
         "shared_experts_intermediate_size": 16,
+        **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16},
+        **{"swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_qk_rope_head_dim": 8, "swa_v_head_dim": 8},
     },
     "ernie4_5_moe": {},
     "exaone_moe": ALTERNATING,
@@ -153,7 +155,8 @@ def make_family_model(model_type: str) -> Any:
     known = {name for base in kind.__mro__ for name in getattr(base, "__annotations__", {})}
     # Where there are names enough, a class takes only its own: strange ones would be kept and mean nothing.
     settings = {**COMMON, **FAMILY_MODELS[model_type]}
-    config = kind(**{name: value for name, value in settings.items() if name in known})
+    taken = {name: value for name, value in settings.items() if name in known or name in FAMILY_MODELS[model_type]}
+    config = kind(**taken)
     try:
         model = AutoModelForCausalLM.from_config(config)
     except ValueError:  # of a model for images and text, whose text model transformers lists nowhere

@@ -31,7 +31,7 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
     if dtype not in DTYPES:
         raise UserError("there is no such dtype", found=dtype, expected=", ".join(DTYPES))
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     place = _device(device)
     _check_files(source)
@@ -43,7 +43,7 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
             raise _unloadable(source, "tokenizer", error) from error
         try:
             wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = _model_class(source).from_pretrained(
                 source.folder, dtype=wanted, output_loading_info=True, **common
             )
         except Exception as error:  # safetensors has an exception type of its own
@@ -89,6 +89,23 @@ def end_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     from zconvert.tidar.generate import token_ids
 
     return token_ids(model.generation_config.eos_token_id) | token_ids(tokenizer.eos_token_id)
+
+
+def _model_class(source: Source) -> Any:
+    """The class by which transformers loads a checkpoint as a causal language model.
+
+    Text models of composite families (Mistral 4's) are in none of its lists: their `architectures` name them.
+    """
+    import transformers
+
+    config = read_config(source.folder)
+    names = config.get("architectures")
+    if config.get("model_type") not in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        module = getattr(transformers.models, str(config.get("model_type")), None)
+        for name in names if isinstance(names, list) else []:
+            if str(name).endswith("ForCausalLM") and hasattr(module, str(name)):
+                return getattr(module, str(name))
+    return transformers.AutoModelForCausalLM
 
 
 def _check_files(source: Source) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,7 +50,7 @@ def midtrain(recipe: MidtrainRecipe, on_progress: OnProgress) -> Path:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(source, dtype="float32", device=device)
     if recipe.experts_implementation is not None:
-        model.set_experts_implementation(recipe.experts_implementation)
+        _choose_experts(model, recipe.experts_implementation)
     model.config.use_cache = False
     rows_in_embedding = model.get_input_embeddings().weight.shape[0]
     on_progress(Progress(message=f"reading {', '.join(dataset.path for dataset in recipe.datasets)}"))
@@ -70,6 +71,15 @@ def midtrain(recipe: MidtrainRecipe, on_progress: OnProgress) -> Path:
     )
     save_trained(model, source.folder, final, settings=trained, dtype=recipe.save_dtype)
     return final
+
+
+def _choose_experts(model: Any, wanted: str) -> None:
+    try:
+        model.set_experts_implementation(wanted)
+    except ValueError as error:
+        raise UserError(
+            f"experts_implementation {wanted} does not work with this model", found=error, fix="leave it out, or eager"
+        ) from error
 
 
 def _write_recipe(run_dir: Path, recipe: MidtrainRecipe) -> None:

@@ -6,11 +6,12 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt
-SOURCES := zconvert tests examples
+SOURCES := zconvert tests examples benchmarks
 
 # Tests work on tiny tensors: more threads than idle cores make them many times slower.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
+# One process a core, each with one thread; tests that share trained models stay in one process.
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help test test-slow lint format quickstart install clean

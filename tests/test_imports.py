@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,14 +114,3 @@ def run_python(code: str) -> str:
 def test_importing_it_in_a_fresh_interpreter_loads_no_torch(module: str) -> None:
     loaded = run_python(f"import sys, {module}; print(*sys.modules)").split()
     assert not {"torch", "transformers", "accelerate", "numpy"} & set(loaded)
-
-
-def test_help_answers_within_half_a_second() -> None:
-    code = "import sys; sys.argv = ['zconvert', '--help']; from zconvert.cli.main import main; main()"
-
-    def seconds() -> float:
-        started = time.perf_counter()
-        assert "convert-init" in run_python(code)
-        return time.perf_counter() - started
-
-    assert min(seconds() for _ in range(3)) < 0.5  # the best of three, since other tests keep the machine busy

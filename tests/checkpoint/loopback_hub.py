@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import socket
+import struct
 import threading
 import urllib.parse
 from collections.abc import Iterator
@@ -26,7 +28,14 @@ class LoopbackHub:
     """Hub ids whose files are refused"""
     sent: dict[str, int] = field(default_factory=dict)
     """file name -> bytes sent of it"""
+    ranges: dict[str, list[str | None]] = field(default_factory=dict)
+    """file name -> the ranges that were asked for; None for a whole file"""
+    breaks: dict[str, list[int]] = field(default_factory=dict)
+    """file name -> after how many bytes its next answers break off; the connection is reset where negative"""
+    refused_whole: set[str] = field(default_factory=set)
+    """names of files of which only ranges are to be had: the whole is answered with an error of the server"""
     endpoint: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def environment(self, home: Path) -> dict[str, str]:
         """Environment of a process that takes this for the Hub."""
@@ -87,33 +96,56 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(404, "RepoNotFound")
         if rest[1:2] and rest[1] not in ("main", COMMIT):
             return self._refuse(404, "RevisionNotFound")
-        files = sorted(p for p in folder.iterdir() if p.is_file())
+        files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
         if api and rest[:1] in ([], ["revision"]):
-            return self._json({"id": name, "sha": COMMIT, "siblings": [{"rfilename": p.name} for p in files]})
+            return self._json({"id": name, "sha": COMMIT, "siblings": [{"rfilename": path} for path in files]})
         if api and rest[:1] == ["tree"]:
-            return self._json([_entry(p) for p in files] if len(rest) == 2 else [])
+            recursive = "recursive=true" in self.path.lower()
+            listed = [_entry(path, p) for path, p in files.items() if recursive or "/" not in path]
+            return self._json(listed if len(rest) == 2 else [])
         if api and rest[:1] == ["paths-info"]:
             wanted = (form or {}).get("paths", [])
-            return self._json([_entry(p) for p in files if p.name in ([wanted] if isinstance(wanted, str) else wanted)])
-        if rest[:1] == ["resolve"] and len(rest) == 3:
+            wanted = [wanted] if isinstance(wanted, str) else wanted
+            return self._json([_entry(path, p) for path, p in files.items() if path in wanted])
+        if rest[:1] == ["resolve"] and len(rest) >= 3:
             if name in self.state.gated:
                 return self._refuse(403, "GatedRepo")
-            return self._file(folder / rest[2])
+            return self._file(folder.joinpath(*rest[2:]))
         return self._refuse(404, "EntryNotFound")
 
     def _file(self, path: Path) -> None:
         if not path.is_file():
             return self._refuse(404, "EntryNotFound")
-        content, size, status = path.read_bytes(), path.stat().st_size, 200
+        if path.name in self.state.refused_whole and self.command == "GET" and self.headers.get("Range") is None:
+            return self._refuse(503, "Unavailable")
+        size, status, first, end = path.stat().st_size, 200, 0, path.stat().st_size
         extra = {"ETag": f'"{_digest(path)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         if (span := self.headers.get("Range")) is not None:
-            first, _, last = span.removeprefix("bytes=").partition("-")
-            end = min(size, int(last) + 1 if last else size)
-            content, status = content[int(first) : end], 206
+            begin, _, last = span.removeprefix("bytes=").partition("-")
+            first, end, status = int(begin), min(size, int(last) + 1 if last else size), 206
             extra["Content-Range"] = f"bytes {first}-{end - 1}/{size}"
+        self._head(status, end - first, "application/octet-stream", extra)
         if self.command == "GET":
-            self.state.sent[path.name] = self.state.sent.get(path.name, 0) + len(content)
-        self._send(status, content, "application/octet-stream", extra)
+            self.state.ranges.setdefault(path.name, []).append(span)
+            self._stream(path, first, end)
+
+    def _stream(self, path: Path, first: int, end: int) -> None:
+        breaks = self.state.breaks.get(path.name)
+        most = breaks.pop(0) if breaks else end - first
+        left = min(abs(most), end - first)
+        with path.open("rb") as file:
+            file.seek(first)
+            while left and (chunk := file.read(min(left, 1 << 16))):
+                self.wfile.write(chunk)
+                left -= len(chunk)
+                with self.state.lock:
+                    self.state.sent[path.name] = self.state.sent.get(path.name, 0) + len(chunk)
+        if abs(most) < end - first:
+            self.wfile.flush()
+            if most < 0:  # closed without a goodbye, as by a router on the way
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR) if most >= 0 else self.connection.close()
 
     def _json(self, document: Any) -> None:
         self._send(200, json.dumps(document).encode(), "application/json")
@@ -121,18 +153,24 @@ class _Handler(BaseHTTPRequestHandler):
     def _refuse(self, status: int, code: str) -> None:
         self._send(status, b"{}", "application/json", {"X-Error-Code": code, "X-Error-Message": code})
 
-    def _send(self, status: int, content: bytes, kind: str, extra: dict[str, str] | None = None) -> None:
+    def _head(self, status: int, length: int, kind: str, extra: dict[str, str] | None = None) -> None:
         self.send_response(status)
-        for key, value in {"Content-Type": kind, "Content-Length": str(len(content)), **(extra or {})}.items():
+        for key, value in {"Content-Type": kind, "Content-Length": str(length), **(extra or {})}.items():
             self.send_header(key, value)
         self.end_headers()
+
+    def _send(self, status: int, content: bytes, kind: str, extra: dict[str, str] | None = None) -> None:
+        self._head(status, len(content), kind, extra)
         if self.command != "HEAD":
             self.wfile.write(content)
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha1(path.read_bytes()).hexdigest()
+    """Something that is another for other contents; whole shards of large files are not read for it."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        return hashlib.sha1(file.read(1 << 20) + str(size).encode()).hexdigest()
 
 
-def _entry(path: Path) -> dict[str, Any]:
-    return {"type": "file", "path": path.name, "size": path.stat().st_size, "oid": _digest(path)}
+def _entry(name: str, path: Path) -> dict[str, Any]:
+    return {"type": "file", "path": name, "size": path.stat().st_size, "oid": _digest(path)}

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.checkpoint.sparse import write_sparse_file
 from tests.checkpoint.tiny import MODEL_TYPES
-from zconvert.checkpoint.describe import count_parameters, describe
-from zconvert.checkpoint.headers import Headers, TensorInfo, read_headers
+from zconvert.checkpoint.anatomy import layer_types_of
+from zconvert.checkpoint.describe import describe
+from zconvert.checkpoint.headers import read_headers
 from zconvert.checkpoint.source import resolve
 from zconvert.errors import UserError
 
 KEYS = {
     *("name", "revision", "model_type", "architectures", "verdict", "reason", "layers", "layer_types", "experts"),
     *("attention", "context_length", "rope", "dtypes", "parameters", "vocabulary", "tied_embeddings", "mask_token"),
-    *("shards", "tidar", "next"),
+    *("shards", "tidar", "next", "family", "kind", "router", "cache", "quantisation", "index"),
 }
 
 
@@ -64,9 +67,14 @@ def test_counts_agree_with_the_model_that_transformers_loads(
     assert document["tied_embeddings"] == model.config.tie_word_embeddings
     assert document["layers"] == 2
     assert sum(document["layer_types"].values()) == 2
-    assert document["experts"] == {"num": 4, "per_token": per_token}
-    attention = {**document["attention"], "sliding_window": None}
-    assert attention == {"heads": 2, "kv_heads": 1, "head_dim": 16, "sliding_window": None}
+    experts = {"num": 4, "per_token": per_token, "shared": 0, "moe_layers": 2, "dense_layers": 0}
+    assert document["experts"] == experts
+    attention = {key: document["attention"][key] for key in ("heads", "kv_heads", "head_dim")}
+    assert attention == {"heads": 2, "kv_heads": 1, "head_dim": 16}
+    assert (document["family"], document["kind"]) == (model_type, "mixture_of_experts")
+    assert document["quantisation"] is None
+    no_differences = {"missing": 0, "extra": 0, "examples": [], "missing_shards": []}
+    assert document["index"] == (no_differences if shards > 1 else None)
     assert document["context_length"] == 256
     assert document["architectures"] == [type(model).__name__]
     assert document["model_type"] == model_type
@@ -77,25 +85,6 @@ def test_counts_agree_with_the_model_that_transformers_loads(
     assert sum(shard["bytes"] for shard in document["shards"]) == sum(
         p.stat().st_size for p in folder.glob("*.safetensors")
     )
-
-
-def test_published_models_have_their_known_sizes() -> None:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    qwen = {"vocab_size": 151_936, "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32}
-    qwen |= {"num_key_value_heads": 4, "head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128}
-    known = {
-        ("zaya", ()): (8.84, 1.29, 0.75),
-        ("qwen3_moe", (*qwen.items(), ("num_experts_per_tok", 8))): (30.53, 3.35, 2.73),
-    }
-    for (model_type, options), answer in known.items():
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **dict(options)))
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        tensors = {name: TensorInfo(name, "BF16", shape, "model.safetensors", 0, 0) for name, shape in shapes.items()}
-        counts = count_parameters(Headers(tensors, ()), model.config.to_dict())
-        assert tuple(round(counts[key] / 1e9, 2) for key in counts) == answer  # type: ignore[operator]
 
 
 def test_a_tied_head_that_is_stored_as_well_counts_once(tiny_checkpoint: Callable[..., Path]) -> None:
@@ -171,23 +160,13 @@ def test_a_config_that_says_next_to_nothing_is_described_with_nulls(tiny_checkpo
     assert document["parameters"]["active"] is None  # there are experts, and no word on how many act
 
 
-def test_a_dense_model_has_no_experts_and_all_its_parameters_are_active(tmp_path: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
-    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).save_pretrained(tmp_path / "llama")
-    document = described(tmp_path / "llama")
-    assert document["experts"] is None
-    assert document["parameters"]["active"] == document["parameters"]["total"]
-
-
 def test_the_language_model_inside_a_composite_model_is_described(tiny_checkpoint: Callable[..., Path]) -> None:
     folder = tiny_checkpoint("mixtral")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({"model_type": "some_vl", "text_config": config}))
     document = described(folder)
     assert document["verdict"] == "refused"
-    assert document["experts"] == {"num": 4, "per_token": 2}
+    assert (document["experts"]["num"], document["experts"]["per_token"]) == (4, 2)
 
 
 def test_a_converted_checkpoint_shows_its_settings_and_the_next_command(tiny_checkpoint: Callable[..., Path]) -> None:
@@ -209,10 +188,231 @@ def test_a_damaged_checkpoint_is_one_error_not_a_description(tiny_checkpoint: Ca
         describe(resolve(folder))
 
 
-def test_a_tokenizer_that_does_not_fit_the_model_is_one_error(tiny_checkpoint: Callable[..., Path]) -> None:
+def spoil_tokenizer(folder: Path, how: str) -> None:
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    if how == "missing":
+        return path.unlink()
+    if how == "malformed":
+        del tokenizer["model"]["vocab"]
+    elif how == "too large":
+        tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 64, "content": "<far>"})
+    else:
+        tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 62, "content": "<hole>"})
+    path.write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("missing", "has no tokenizer.json"),
+        ("malformed", "is not a tokenizer"),
+        ("too large", "ids that the embedding has no row for"),
+        ("with gaps", "--mask-token"),
+    ],
+)
+def test_a_checkpoint_whose_tokenizer_cannot_be_used_is_described_and_refused_with_the_fix(
+    tiny_checkpoint: Callable[..., Path], how: str, reason: str
+) -> None:
     folder = tiny_checkpoint("zaya")
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 64, "content": "<far>"})
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(UserError, match="tokenizer"):
+    spoil_tokenizer(folder, how)
+    document = described(folder)
+    assert (document["verdict"], document["mask_token"], document["next"]) == ("refused", None, None)
+    assert reason in document["reason"]
+    assert "\n" not in document["reason"]
+    assert document["parameters"]["total"] > 0
+    other = described(patch(folder, model_type="jamba"))
+    assert "Mamba" in other["reason"]
+
+
+QUANTISED = {
+    "GPTQ in 4 bits": {"quant_method": "gptq", "bits": 4},
+    "AWQ in 4 bits": {"quant_method": "awq", "bits": 4},
+    "FP8 in 8 bits": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "MXFP4 in 4 bits": {"quant_method": "mxfp4"},
+    "bitsandbytes in 4 bits": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "bitsandbytes in 8 bits": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    "compressed-tensors in 8 bits": {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": {"weights": {"num_bits": 8}}},
+    },
+    "strange": {"quant_method": "strange"},
+}
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_a_quantised_checkpoint_is_refused_by_its_config_with_what_to_do(
+    tiny_checkpoint: Callable[..., Path], name: str
+) -> None:
+    folder = patch(tiny_checkpoint("mixtral"), quantization_config=QUANTISED[name])
+    document = described(folder)
+    assert document["verdict"] == "refused"
+    assert f"quantised by {name}" in document["reason"]
+    assert "unquantised checkpoint" in document["reason"]
+    assert ("dequantize=True" in document["reason"]) == (QUANTISED[name]["quant_method"] in ("fp8", "mxfp4"))
+    assert document["quantisation"]["method"] == QUANTISED[name]["quant_method"]
+    inside = patch(folder, quantization_config=None, text_config={"quantization_config": QUANTISED[name]})
+    assert described(inside)["quantisation"] == document["quantisation"]
+
+
+# One linear layer of 64 × 128 as published checkpoints store it.
+PACKED: dict[str, tuple[dict[str, Any] | None, dict[str, tuple[str, tuple[int, ...]]]]] = {
+    "gptq": (
+        QUANTISED["GPTQ in 4 bits"],
+        {
+            "qweight": ("I32", (128 * 4 // 32, 64)),
+            "qzeros": ("I32", (1, 8)),
+            "scales": ("F16", (1, 64)),
+            "g_idx": ("I32", (128,)),
+        },
+    ),
+    "awq": (
+        QUANTISED["AWQ in 4 bits"],
+        {"qweight": ("I32", (128, 8)), "qzeros": ("I32", (1, 8)), "scales": ("F16", (1, 64))},
+    ),
+    "fp8": (
+        QUANTISED["FP8 in 8 bits"],
+        {"weight": ("F8_E4M3", (64, 128)), "weight_scale_inv": ("F32", (1, 1))},
+    ),
+    "mxfp4": (
+        QUANTISED["MXFP4 in 4 bits"],
+        {"weight_blocks": ("U8", (64, 4, 16)), "weight_scales": ("U8", (64, 4))},
+    ),
+    "nf4": (
+        QUANTISED["bitsandbytes in 4 bits"],
+        {
+            "weight": ("U8", (4096, 1)),
+            "weight.absmax": ("U8", (128,)),
+            "weight.quant_map": ("F32", (16,)),
+            "weight.quant_state.bitsandbytes__nf4": ("U8", (120,)),
+        },
+    ),
+    "int8": (QUANTISED["bitsandbytes in 8 bits"], {"weight": ("I8", (64, 128)), "SCB": ("F32", (64,))}),
+    "untold": (None, {"weight": ("F8_E4M3", (64, 128))}),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_weights_are_seen_in_the_headers_and_counted_unpacked(tmp_path: Path, name: str) -> None:
+    section, tensors = PACKED[name]
+    config = {"model_type": "llama", "num_hidden_layers": 1} | ({"quantization_config": section} if section else {})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    stem = "model.layers.0.mlp.up_proj"
+    stored = {"model.embed_tokens.weight": ("BF16", (10, 128)), **{f"{stem}.{key}": t for key, t in tensors.items()}}
+    write_sparse_file(tmp_path / "model.safetensors", stored)
+    document = described(tmp_path)
+    assert document["verdict"] == "refused"
+    assert "packed weights" in document["reason"]
+    assert document["quantisation"]["tensors"] == 1
+    assert document["parameters"]["total"] == 10 * 128 + 64 * 128
+
+
+def test_what_is_no_weight_does_not_make_a_checkpoint_quantised(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    stored = {
+        "ffn.gate.tid2eid": ("I64", (64, 2)),
+        "ids": ("I32", (4, 4)),
+        "model.embed_tokens.weight": ("F16", (4, 4)),
+    }
+    write_sparse_file(tmp_path / "model.safetensors", stored)
+    assert described(tmp_path)["quantisation"] is None
+
+
+def test_code_that_a_checkpoint_brings_is_never_run_and_a_strange_family_with_it_refused(
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    folder = tiny_checkpoint("mixtral")
+    (folder / "modeling_strange.py").write_text("raise SystemExit(9)")
+    auto_map = {"AutoConfig": "org/repo--configuration_strange.C", "AutoModelForCausalLM": "modeling_strange.M"}
+    document = described(patch(folder, auto_map=auto_map, model_type="strange"))
+    assert document["verdict"] == "refused"
+    assert "configuration_strange.py, modeling_strange.py) is never run" in document["reason"]
+    # Code beside a model that transformers knows is not needed.
+    assert described(patch(folder, model_type="mixtral"))["verdict"] == "supported"
+
+
+def test_weights_in_pickles_alone_are_described_and_refused_with_how_to_convert_them(
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    folder = tiny_checkpoint("mixtral")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    document = described(folder)
+    assert document["verdict"] == "refused"
+    assert "pickled weights" in document["reason"]
+    assert "save_pretrained" in document["reason"]
+    assert document["parameters"] == {"total": None, "active": None, "active_without_embeddings": None}
+    assert (document["layers"], document["experts"]["num"], document["kind"]) == (2, 4, "mixture_of_experts")
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(UserError, match="has no weights"):
         describe(resolve(folder))
+
+
+def test_missing_and_extra_tensors_are_told_against_the_index(tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = tiny_checkpoint("mixtral", shards=3)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.more.weight"] = index["weight_map"].pop("model.norm.weight")
+    path.write_text(json.dumps(index))
+    document = described(folder)
+    assert document["verdict"] == "refused"
+    assert "index and shards disagree" in document["reason"]
+    difference = {"missing": 1, "extra": 1, "examples": ["model.more.weight", "model.norm.weight"]}
+    assert document["index"] == {**difference, "missing_shards": []}
+
+
+def test_a_missing_shard_is_told_with_the_tensors_that_are_not_there(tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = tiny_checkpoint("mixtral", shards=3)
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    lost = read_headers(folder).tensors
+    shard.unlink()
+    document = described(folder)
+    assert document["index"]["missing_shards"] == [shard.name]
+    assert document["index"]["missing"] == sum(t.shard == shard.name for t in lost.values())
+    assert shard.name in document["reason"]
+    assert document["parameters"]["total"] is None
+    assert shard.name not in [entry["name"] for entry in document["shards"]]
+
+
+def test_an_index_that_points_out_of_the_folder_is_one_error(tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = tiny_checkpoint("mixtral", shards=3)
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": {"a": "../outside.safetensors"}}))
+    with pytest.raises(UserError, match="outside of the folder"):
+        describe(resolve(folder))
+
+
+OLD_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "Llama 4": (
+        {"attention_chunk_size": 8192, "no_rope_layers": [1, 1, 1, 0] * 2},
+        {"chunked_attention": 6, "full_attention": 2},
+    ),
+    "Llama 4 by interval": ({"attention_chunk_size": 8192}, {"chunked_attention": 6, "full_attention": 2}),
+    "gpt-oss": ({"model_type": "gpt_oss", "sliding_window": 128}, {"sliding_attention": 4, "full_attention": 4}),
+    "Cohere 2": (
+        {"sliding_window": 9, "sliding_window_pattern": 4},
+        {"sliding_attention": 6, "full_attention": 2},
+    ),
+    "Qwen 2 MoE": (
+        {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 3},
+        {"sliding_attention": 5, "full_attention": 3},
+    ),
+    "Mistral": ({"sliding_window": 9}, {"sliding_attention": 8}),
+    "DeepSeek V3.2": ({"index_topk": 2048}, {"indexed_attention": 8}),
+    "Nemotron-H": ({"layers_block_type": ["mamba", "moe"]}, {"mamba": 1, "moe": 1}),
+    "DBRX": ({"num_hidden_layers": None, "n_layers": 8}, {"full_attention": 8}),
+}
+
+
+@pytest.mark.parametrize("name", OLD_CONFIGS)
+def test_layer_types_are_worked_out_where_an_older_config_leaves_them_out(name: str) -> None:
+    changes, types = OLD_CONFIGS[name]
+    config = {"num_hidden_layers": 8, **changes}
+    assert layer_types_of(config) == types
+    assert layer_types_of({"num_hidden_layers": 8, "mamba_d_state": 16}) is None
+
+
+def test_every_key_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "inspect-json.md").read_text()
+    cells = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+    assert {name for cell in cells for name in re.findall(r"`(\w+)", cell)} == KEYS
+    assert all(f"`{key}`" in (describe.__doc__ or "") for key in KEYS)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoint.disk import small_disk
-from zconvert.checkpoint.folder import BASE_CARD, copy, copy_companions, new_folder, place
+from zconvert.checkpoint.folder import BASE_CARD, can_link, copy, copy_companions, free_space, new_folder, place
 from zconvert.errors import UserError
 
 
@@ -139,6 +139,33 @@ def test_editing_a_copy_leaves_the_source_alone(tmp_path: Path) -> None:
     assert (tmp_path / "copied").read_text() == "Weights"
 
 
+def test_each_way_of_placing_says_which_it_was(tmp_path: Path, tiny_disk: Path) -> None:
+    (tmp_path / "blob").write_text("weights")
+    placed = place(tmp_path / "blob", tmp_path / "placed")
+    assert placed == ("link" if (tmp_path / "blob").stat().st_nlink == 2 else "reflink")
+    assert place(tmp_path / "blob", tiny_disk / "placed") == copy(tmp_path / "blob", tiny_disk / "copied") == "copy"
+
+
+@pytest.mark.parametrize("size", [0, 1, 4 * 2**20, 9_000_001])
+def test_a_copy_is_whole_within_a_disk_and_across_disks(tmp_path: Path, size: int) -> None:
+    (tmp_path / "blob").write_bytes(os.urandom(size))
+    with small_disk(tmp_path / "other", "20m") as other:
+        for folder in (tmp_path, other):
+            copy(tmp_path / "blob", folder / "copied")
+            assert (folder / "copied").read_bytes() == (tmp_path / "blob").read_bytes()
+
+
+def test_links_are_foreseen_on_one_disk_only(tmp_path: Path, tiny_disk: Path) -> None:
+    (tmp_path / "blob").write_text("weights")
+    assert can_link(tmp_path / "blob", tmp_path / "not" / "there" / "yet")
+    assert not can_link(tmp_path / "blob", tiny_disk / "not" / "there" / "yet")
+    assert not can_link(tmp_path / "nothing", tmp_path)
+
+
+def test_the_space_is_that_of_the_disk_the_folder_will_be_on(tiny_disk: Path) -> None:
+    assert free_space(tiny_disk / "a" / "b") == 256 * 1024
+
+
 @pytest.mark.parametrize("put", [place, copy])
 def test_no_file_is_overwritten(tmp_path: Path, put: object) -> None:
     assert callable(put)
@@ -168,3 +195,11 @@ def test_companions_are_what_belongs_beside_the_weights(tmp_path: Path) -> None:
         *("additional_chat_templates/rag.jinja", BASE_CARD),
     }
     assert (out / BASE_CARD).read_text() == "README.md"
+
+
+def test_a_companion_that_is_a_link_to_nothing_is_told_of_and_not_left_out(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "merges.txt").symlink_to("blobs/gone")
+    with pytest.raises(UserError, match=r"merges\.txt cannot be read") as caught:
+        copy_companions(tmp_path / "source", tmp_path)
+    assert "blobs/gone" in str(caught.value.found)

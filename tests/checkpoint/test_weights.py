@@ -18,7 +18,7 @@ from tests.checkpoint.tiny import MODEL_TYPES
 from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.headers import TensorInfo, read_header, read_headers
 from zconvert.checkpoint.source import read_config, resolve
-from zconvert.checkpoint.weights import read_chunks, save_trained, write_shard
+from zconvert.checkpoint.weights import read_chunks, save_trained, shard_size, write_shard
 from zconvert.errors import UserError
 from zconvert.tidar.settings import TidarSettings
 
@@ -199,3 +199,19 @@ def test_a_written_shard_is_read_by_the_safetensors_library(tmp_path: Path) -> N
 def test_a_tensor_that_comes_short_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="3 bytes written, 4 expected"):
         write_shard(tmp_path / "w", [TensorInfo("a", "F32", (), "", 0, 0)], {}, lambda _: [b"abc"])
+
+
+def test_the_size_of_a_shard_is_known_before_it_is_written(tmp_path: Path) -> None:
+    tensors = [TensorInfo("a", "F32", (3,), "", 0, 0), TensorInfo("bé", "BF16", (5, 2), "", 0, 0)]
+    for name, metadata in (("one", {}), ("two", {"format": "pt"})):
+        write_shard(tmp_path / name, tensors, metadata, lambda n: [bytes(12 if n == "a" else 20)])
+        assert shard_size(tensors, metadata) == (tmp_path / name).stat().st_size
+
+
+def test_a_trained_checkpoint_keeps_where_its_base_came_from(converted: Callable[..., Any], tmp_path: Path) -> None:
+    base, settings = converted("zaya")
+    save_trained(trained(base), base, tmp_path / "out", settings=settings)
+    before, after = (json.loads((folder / "provenance.json").read_text()) for folder in (base, tmp_path / "out"))
+    assert after["stages"] == ["midtrain"]
+    assert "rows" in before  # every row is another one after training
+    assert {**after, "stages": []} == {key: value for key, value in before.items() if key != "rows"}

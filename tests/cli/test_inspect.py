@@ -10,6 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from tests.checkpoint.sparse import write_sparse, write_sparse_file
 from tests.checkpoint.tiny import make_checkpoint
 from zconvert.cli import inspect, ui
 
@@ -50,6 +51,50 @@ def test_the_view_has_the_facts_and_fits_80_columns(checkpoint: Path) -> None:
     assert result.stderr == ""
 
 
+def test_the_view_names_router_attention_and_cache(checkpoint: Path) -> None:
+    stdout = run(checkpoint).stdout
+    assert "Router      softmax, balancing bias" in stdout
+    assert "Attention   compressed convolutional (CCA): 2 heads of 16" in stdout
+    assert "1 layer: all keys and values, 32 numbers a token" in stdout
+    assert "1 layer: keys and values of the last 16 tokens, 32 numbers a token" in stdout
+    assert "2 layers: the convolutions' state (CCA), 104 numbers" in stdout
+
+
+def test_a_dense_model_is_called_dense(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "dense"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 1, "vocab_size": 64}))
+    write_sparse_file(folder / "model.safetensors", {"model.embed_tokens.weight": ("BF16", (64, 32))})
+    (folder / "tokenizer.json").hardlink_to(checkpoint / "tokenizer.json")
+    stdout = run(folder).stdout
+    assert "Can be converted" in stdout
+    assert "Model       llama, dense" in stdout
+    assert "Experts     none: dense" in stdout
+
+
+def test_a_quantised_checkpoint_is_shown_with_what_to_do(checkpoint: Path, tmp_path: Path) -> None:
+    result = run(changed(checkpoint, tmp_path / "q", quantization_config={"quant_method": "gptq", "bits": 4}))
+    assert result.exit_code == 0
+    assert "Cannot be converted: its weights are quantised by GPTQ in 4 bits" in result.stdout
+    assert "Quantised   gptq in 4 bits" in result.stdout
+
+
+def test_many_shards_are_told_in_a_few_lines_and_the_index_with_its_faults(tmp_path: Path) -> None:
+    shapes = {f"model.layers.{number}.mlp.up_proj.weight": (1000, 1000) for number in range(6)}
+    folder = write_sparse(tmp_path / "many", shapes, {"model_type": "llama", "num_hidden_layers": 6}, shards=6)
+    stdout = run(folder).stdout
+    assert "Weights     12.0 MB in 6 files: BF16 12.0 MB" in stdout
+    assert "model-00004-of-00006.safetensors  2.0 MB" in stdout
+    assert "… and 2 more, 4.0 MB" in stdout
+    assert "Index       agrees with the shards" in stdout
+    assert max(map(len, stdout.split("\n"))) <= 80
+    (folder / "model-00002-of-00006.safetensors").unlink()
+    stdout = run(folder).stdout
+    assert "Parameters  unknown, as weights are missing" in stdout
+    assert "1 tensors missing, 0 extra" in stdout
+    assert "missing: model-00002-of-00006.safetensors" in stdout
+
+
 def test_json_is_one_document_and_nothing_else(checkpoint: Path) -> None:
     result = run(checkpoint, "--json")
     assert result.exit_code == 0
@@ -79,6 +124,8 @@ def test_a_converted_checkpoint_shows_its_settings(checkpoint: Path, tmp_path: P
 def test_what_a_stranger_wrote_is_shown_as_text(checkpoint: Path, tmp_path: Path) -> None:
     settings = {"block_size": 4, "mask_token_id": 60, "mask_token": "[MASK]", "base_model": "\x1b[31m[red]x"}
     result = run(changed(checkpoint, tmp_path / "odd", tidar=settings, architectures=["[bold]A\x07"]))
+    strange = changed(checkpoint, tmp_path / "strange", layer_types=["{odd}", "[red]b"])
+    assert "1 layer: {odd}" in run(strange).stdout
     assert "[MASK], id 60" in result.stdout
     assert "[red]x" in result.stdout
     assert "[bold]A" in result.stdout

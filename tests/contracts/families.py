@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from tests.contracts.models import VOCAB, Pair, pair_of, perturb
 
@@ -127,8 +127,8 @@ FAMILY_MODELS: dict[str, dict[str, Any]] = {
     "gemma": {},
     "gemma2": {**ALTERNATING, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0},
     "gemma3_text": {**ALTERNATING, "final_logit_softcapping": 3.0},
-    "glm": {},
-    "glm4": {},
+    "glm": {"eos_token_id": 2},
+    "glm4": {"eos_token_id": 2},
     "granite": {"attention_multiplier": 0.35, "logits_scaling": 2.0},
     "hunyuan_v1_dense": {},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
@@ -168,3 +168,46 @@ def make_family_model(model_type: str) -> Any:
 def family_pair(model_type: str) -> Pair:
     """The untouched model beside one behind layouts, made once in a session: tests leave both as they are."""
     return pair_of(model_type, make_family_model(model_type))
+
+
+VISION = {
+    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4},
+    **{"image_size": 28, "patch_size": 14},
+}
+COMPOSITE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "aria": ("aria_text", {"vision_config": {**VISION, "model_type": "idefics3_vision"}}),
+    "gemma3": ("gemma3_text", {"vision_config": VISION, "mm_tokens_per_image": 4}),
+    "gemma4": (
+        "gemma4_text",
+        {"vision_config": {**VISION, "num_key_value_heads": 4, "head_dim": 8}, "audio_config": None},
+    ),
+    "llama4": (
+        "llama4_text",
+        {
+            "vision_config": {
+                **VISION,
+                **{"projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32},
+                "pixel_shuffle_ratio": 0.5,
+            }
+        },
+    ),
+    "mistral3": ("mistral4", {"vision_config": {**VISION, "model_type": "pixtral", "head_dim": 8}}),
+}
+"""models of text and images: their text model's family, and the rest"""
+
+
+def make_composite_model(model_type: str) -> Any:
+    """A tiny model of text and images, its text model as in `make_family_model`."""
+    inner, rest = COMPOSITE_MODELS[model_type]
+    text_config = {**make_family_model(inner).config.to_dict(), "pad_token_id": 0}
+    if model_type == "gemma3":  # whose composite class leaves it out
+        text_config["final_logit_softcapping"] = None
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[model_type](text_config=text_config, **rest)
+    return perturb(AutoModelForImageTextToText.from_config(config).eval(), 0.15)
+
+
+@cache
+def composite_pair(model_type: str) -> Pair:
+    """As `family_pair`."""
+    return pair_of(model_type, make_composite_model(model_type))

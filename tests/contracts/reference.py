@@ -39,7 +39,14 @@ def block_logits(plain: Any, prefix: Tensor, block: Tensor | int) -> Tensor:
     slots = torch.full((block,), MASK) if isinstance(block, int) else block
     ids = torch.cat([prefix, slots])
     masks = _masks(plain, len(prefix), len(slots))
-    return plain(input_ids=ids[None], attention_mask=masks, use_cache=False).logits[0, len(prefix) :]
+    if plain.config.get_text_config() is plain.config:
+        return plain(input_ids=ids[None], attention_mask=masks, use_cache=False).logits[0, len(prefix) :]
+    # A composite model makes masks of its own, so its text model is asked apart.
+    text = plain.get_decoder()
+    hidden = getattr(text, "model", text)(input_ids=ids[None], attention_mask=masks, use_cache=False).last_hidden_state
+    logits = (text if hasattr(text, "lm_head") else plain).lm_head(hidden)
+    cap = getattr(plain.config.get_text_config(), "final_logit_softcapping", None)
+    return (logits if cap is None else torch.tanh(logits / cap) * cap)[0, len(prefix) :]
 
 
 def _masks(plain: Any, prefix: int, block: int) -> Any:
@@ -55,7 +62,7 @@ def _masks(plain: Any, prefix: int, block: int) -> Any:
                     bias[query, key] = 0
         return bias[None, None]
 
-    config, source = plain.config, inspect.getsource(inspect.getmodule(type(plain)))
+    config, source = plain.config.get_text_config(), inspect.getsource(inspect.getmodule(type(plain.get_decoder())))
     window = getattr(config, "sliding_window", None) or getattr(config, "sliding_window_size", None)
     if "attention_mask, dict)" not in source:
         return mask(window if "create_sliding_window_causal_mask" in source else None)

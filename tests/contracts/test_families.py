@@ -9,13 +9,13 @@ import torch
 
 from tests.contracts import checks
 from tests.contracts.checks import BLOCK, ROWS, TOLERANCE
-from tests.contracts.families import FAMILY_MODELS, family_pair
+from tests.contracts.families import COMPOSITE_MODELS, FAMILY_MODELS, composite_pair, family_pair
 from tests.contracts.models import MASK, Pair, random_ids
 from tests.contracts.reference import causal_logits
 from zconvert.tidar import decoding
 from zconvert.tidar.acceptance import Drafts, Sampling
 from zconvert.tidar.decoding import DecodePlan, decode
-from zconvert.tidar.families import FAMILIES
+from zconvert.tidar.families import COMPOSITES, FAMILIES
 from zconvert.tidar.settings import TidarSettings
 
 ROW = "offset 3 in several documents"
@@ -36,7 +36,7 @@ def test_logits_of_the_converted_model_run_causally_are_the_sources(family: Pair
     expected = causal_logits(family.plain, ids)
     assert float(expected.abs().max()) > 0.3, "logits of nothing would prove nothing"
     grafted = family.layout.model(input_ids=ids[None], use_cache=False).logits[0]
-    assert float((grafted - expected).abs().max()) < TOLERANCE
+    assert torch.equal(grafted, expected), "bit for bit: the plain forward is the stock one"
 
 
 def test_clean_logits_of_a_packed_row_are_those_of_each_document_alone(family: Pair) -> None:
@@ -87,6 +87,20 @@ def test_greedy_text_is_the_sources_at_every_accepted_length(
         accepted.append(step.accepted)
     assert told == expected
     assert set(accepted[1:]) >= ({1, 2, 3, 4} if len(proposals) == 4 else {1, 2, 3})
+
+
+@pytest.mark.parametrize("model_type", list(COMPOSITE_MODELS))
+def test_the_text_model_of_a_composite_model_keeps_all_contracts(model_type: str) -> None:
+    pair, row = composite_pair(model_type), ROWS[ROW]
+    assert checks.clean_logits_differ(pair, row) < TOLERANCE
+    assert checks.clean_logits_see_mask_slots(pair, row) < TOLERANCE
+    assert checks.mask_logits_differ(pair, row) < TOLERANCE
+    assert checks.labels_leak(pair, row) < TOLERANCE
+    assert checks.cached_steps_differ(pair) < TOLERANCE
+
+
+def test_every_composite_model_that_is_taken_is_tested() -> None:
+    assert sorted(COMPOSITE_MODELS) == sorted(COMPOSITES)
 
 
 @torch.no_grad()

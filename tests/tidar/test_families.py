@@ -76,11 +76,13 @@ def test_an_unknown_family_is_refused_and_told_what_it_would_take(config: dict) 
     assert "a row there and a contract test" in str(verdict.reason)
 
 
-def test_a_composite_model_is_refused_by_what_its_text_model_is() -> None:
-    supported = judge({"model_type": "gemma4", "text_config": {"model_type": "gemma4_text"}})
+def test_a_composite_model_is_what_its_text_model_is() -> None:
+    gemma = judge({"model_type": "gemma4", "text_config": {"model_type": "gemma4_text"}})
+    assert gemma.family is FAMILIES["gemma4_text"]
     refused = judge({"model_type": "qwen3_5_moe", "text_config": {"model_type": "qwen3_5_moe_text"}})
-    assert "only its text model can be converted" in str(supported.reason)
-    assert "delta-net" in str(refused.reason)
+    assert "of its text model: delta-net" in str(refused.reason)
+    untested = judge({"model_type": "new_vl", "text_config": {"model_type": "llama"}})
+    assert "not among the composite models that were tested" in str(untested.reason)
 
 
 def test_dense_families_have_no_experts_and_the_others_do() -> None:

@@ -5,145 +5,145 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
-from zconvert.checkpoint.headers import Headers, TensorInfo
+from zconvert.checkpoint.anatomy import (
+    attention_of,
+    cache_of,
+    context_of,
+    experts_of,
+    language_model,
+    layer_types_of,
+    layers_of,
+    rope_of,
+    router_of,
+)
+from zconvert.checkpoint.headers import Headers
+from zconvert.checkpoint.listing import list_tensors
 from zconvert.checkpoint.mask_token import choose_mask_token, read_vocabulary
-from zconvert.checkpoint.source import Source, headers_of, read_config, tidar_settings
+from zconvert.checkpoint.parameters import INPUT_EMBEDDINGS, count_parameters, find_tensor, is_tied, moe_layers
+from zconvert.checkpoint.quantisation import quantisation
+from zconvert.checkpoint.source import Source, read_config, tidar_settings
+from zconvert.checkpoint.verdict import refusal, sentence
 from zconvert.errors import UserError
 from zconvert.tidar.families import judge
 from zconvert.tidar.settings import TidarSettings
 
-INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-"""how the names of input embeddings end"""
-OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight")
-"""the names of output embeddings (heads)"""
+_BALANCING_BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
+_SINK = re.compile(r"(^|\.)(self_)?attn\..*(sink|softmax_offset)")
 
 
 def describe(source: Source) -> dict[str, Any]:
     """Describes a checkpoint; a checkpoint that cannot be converted is described too, with the reason.
 
     Args:
-        source: the checkpoint, with its weights or their headers.
+        source: the checkpoint, with its weights or the place to read their headers from.
 
     Returns:
-        A dict that JSON can hold, null where the checkpoint does not say:
+        A dict that JSON can hold, null where the checkpoint does not say (docs/inspect-json.md has an example):
 
         - `name`, `revision`: Hub id or folder name; commit, for checkpoints of the Hub
         - `model_type`, `architectures`: as in config.json
-        - `verdict`: `supported` or `refused`; `reason`: why it is refused, else null
+        - `family`: its row in the family table, null where it has none; `kind`: `mixture_of_experts` or `dense`
+        - `verdict`: `supported` or `refused`; `reason`: why it is refused, in one sentence, else null
         - `layers`: how many; `layer_types`: how many of each type
-        - `experts`: `num` a layer and `per_token`; null for a dense model
-        - `attention`: `heads`, `kv_heads`, `head_dim`, `sliding_window` (tokens, null where all is seen)
+        - `experts`: `num` a layer and `per_token`, `shared` ones that every token passes through, `moe_layers` and
+          `dense_layers` (layers with and without experts); null for a dense model
+        - `router`: `scoring` (`softmax`, `sigmoid`, …), `groups` of experts and `groups_per_token`, `aux_loss`
+          (coefficient of the balancing loss), `scaling` of the experts' sum, `balancing_bias` (whether a bias that is
+          no part of the weights evens out the choice); null for a dense model
+        - `attention`: `kind` (`mha`, `gqa`, `mqa`, `mla`, `cca`), `heads`, `kv_heads`, `head_dim`, `sliding_window`
+          and `chunk` (tokens, null where all is seen), `indexer_top_k` (tokens a sparse indexer picks), `sinks`
+        - `cache`: for each kind (`full_kv`, `sliding_kv`, `chunked_kv`, `mla_latent`, `cca_state`, `conv_state`, …)
+          its `layers`, `window` (tokens kept, null where all are) and `width` (values a token and layer; of a state,
+          which does not grow, values a layer)
         - `context_length`: positions the model was made for, tokens
         - `rope`: the rotary embedding's parameters, by layer type where config.json nests them so
         - `dtypes`: by type of the weights, `tensors` and `bytes`
-        - `parameters`: `total`, `active` for one token, `active_without_embeddings`
+        - `quantisation`: `method`, `bits` and how many `tensors` are packed; null where none are
+        - `parameters`: `total`, `active` for one token, `active_without_embeddings`; null where tensors are missing
         - `vocabulary`: embedding `rows`, tokenizer `tokens`, and `spare_rows` between them
         - `tied_embeddings`: whether the head is the input embedding
         - `mask_token`: `id`, `text` and `source` (`existing`, `spare_row`, `grown`), as convert-init would choose it or
           has chosen it; null where refused
         - `shards`: `name` and `bytes` of each weight file
+        - `index`: against the index of shards, how many tensors are `missing` and `extra`, some `examples` of them, and
+          the `missing_shards`; null for a checkpoint without index
         - `tidar`: the settings of a converted checkpoint, else null
         - `next`: the command to run next, null where refused
 
     Raises:
-        UserError: a file of the checkpoint is missing or damaged.
+        UserError: config.json or a weight file is damaged, or there are no weights.
     """
     config = read_config(source.folder)
-    verdict = judge(config)
     settings = tidar_settings(config)
-    headers = headers_of(source)
-    model = _language_model(config)
+    listing = list_tensors(source)
+    headers, model = listing.headers, language_model(config)
+    reason = refusal(config, headers) or listing.problem
+    mask, tokens, tokenizer_problem = _tokens(source, headers, config, settings, wanted=reason is None)
+    reason = reason or tokenizer_problem
     embedding = find_tensor(headers, INPUT_EMBEDDINGS)
     rows = embedding.shape[0] if embedding and embedding.shape else None
-    tokens = _tokens(source.folder)
+    family, packed = judge(config).family, quantisation(config, headers)
+    has_experts = bool(moe_layers(headers, config)) if headers.tensors else experts_of(model) is not None
+    experts, incomplete = _experts(headers, config), listing.index is not None and listing.index.missing > 0
     return {
         "name": source.name,
         "revision": source.revision,
         "model_type": config.get("model_type"),
         "architectures": config.get("architectures"),
-        "verdict": "supported" if verdict.supported else "refused",
-        "reason": verdict.reason,
-        "layers": _whole(model, "num_hidden_layers"),
-        "layer_types": _layer_types(model),
-        "experts": _experts(model),
-        "attention": _attention(model),
-        "context_length": _whole(model, "max_position_embeddings"),
-        "rope": _rope(model),
+        "family": family.model_type if family else None,
+        "kind": "mixture_of_experts" if has_experts else "dense",
+        "verdict": "refused" if reason else "supported",
+        "reason": reason,
+        "layers": layers_of(model),
+        "layer_types": layer_types_of(model),
+        "experts": experts,
+        "router": _router(headers, model) if experts else None,
+        "attention": {**attention_of(model), "sinks": any(_SINK.search(name) for name in headers.tensors)},
+        "cache": cache_of(model),
+        "context_length": context_of(model),
+        "rope": rope_of(model),
         "dtypes": _dtypes(headers),
-        "parameters": count_parameters(headers, config),
+        "quantisation": asdict(packed) if packed else None,
+        "parameters": count_parameters(Headers({}, ()) if incomplete else headers, config),
         "vocabulary": {
             "rows": rows,
             "tokens": tokens,
             "spare_rows": None if rows is None or tokens is None else rows - tokens,
         },
         "tied_embeddings": is_tied(headers, config),
-        "mask_token": _mask_token(source.folder, headers, config, settings) if verdict.supported else None,
+        "mask_token": None if reason else mask,
         "shards": [{"name": shard.name, "bytes": shard.bytes} for shard in headers.shards],
+        "index": asdict(listing.index) if listing.index else None,
         "tidar": settings.to_dict() if settings else None,
-        "next": _next(source, settings) if verdict.supported else None,
+        "next": None if reason else _next(source, settings),
     }
 
 
-def count_parameters(headers: Headers, config: dict[str, Any]) -> dict[str, int | None]:
-    """Counts parameters by the shapes of the tensors; a tied head that is stored as well counts once.
-
-    Returns:
-        `total`; `active`, those a token passes through: total − experts + experts · k / E, null where config.json
-        does not tell k and E; `active_without_embeddings`, without the input embedding and the head.
-    """
-    embedding, head = find_tensor(headers, INPUT_EMBEDDINGS), find_tensor(headers, OUTPUT_EMBEDDINGS)
-    outer = (embedding.items if embedding else 0) + (head.items if head else 0)
-    total = sum(t.items for t in headers.tensors.values())
-    if embedding and head and is_tied(headers, config):
-        total -= head.items
-        outer -= head.items
-    in_experts = sum(t.items for t in headers.tensors.values() if "experts" in t.name.split("."))
-    active: int | None = total
-    if in_experts:
-        experts = _experts(_language_model(config)) or {}
-        num, per_token = experts.get("num"), experts.get("per_token")
-        active = total - in_experts + in_experts * per_token // num if num and per_token else None
-    return {
-        "total": total,
-        "active": active,
-        "active_without_embeddings": None if active is None else active - outer,
-    }
-
-
-def find_tensor(headers: Headers, endings: Iterable[str]) -> TensorInfo | None:
-    """The first tensor whose name is one of these or ends in it after a dot."""
-    for ending in endings:
-        for name, tensor in headers.tensors.items():
-            if name == ending or name.endswith(f".{ending}"):
-                return tensor
-    return None
-
-
-def is_tied(headers: Headers, config: dict[str, Any]) -> bool:
-    """Whether the head is the input embedding: it is not stored, or config.json says so."""
-    return find_tensor(headers, OUTPUT_EMBEDDINGS) is None or config.get("tie_word_embeddings") is True
-
-
-def _tokens(folder: Path) -> int | None:
-    """Entries of the tokenizer; None where it cannot be read. (What is supported is judged by its mask token then.)"""
-    try:
-        return len(read_vocabulary(folder))
-    except UserError:
-        return None
-
-
-def _mask_token(
-    folder: Path, headers: Headers, config: dict[str, Any], settings: TidarSettings | None
-) -> dict[str, Any]:
+def _tokens(
+    source: Source, headers: Headers, config: dict[str, Any], settings: TidarSettings | None, *, wanted: bool
+) -> tuple[dict[str, Any] | None, int | None, str | None]:
+    """The mask token, the tokenizer's number of entries, and why there is no mask token where one is wanted."""
+    mask, problem = None, None
     if settings is not None:
-        return {"id": settings.mask_token_id, "text": settings.mask_token, "source": settings.mask_token_source}
-    chosen = choose_mask_token(folder, headers, config, wanted=None)
-    return {"id": chosen.id, "text": chosen.text, "source": chosen.source}
+        mask = {"id": settings.mask_token_id, "text": settings.mask_token, "source": settings.mask_token_source}
+    elif wanted:
+        try:
+            chosen = choose_mask_token(source.folder, headers, config, wanted=None)
+        except UserError as error:
+            problem = sentence(error)
+        else:
+            mask = {"id": chosen.id, "text": chosen.text, "source": chosen.source}
+            if chosen.source != "existing":  # it follows the last entry: a large tokenizer is not read twice
+                return mask, chosen.id, None
+    try:
+        return mask, len(read_vocabulary(source.folder)), problem
+    except UserError:
+        return mask, None, problem
 
 
 def _next(source: Source, settings: TidarSettings | None) -> str:
@@ -153,64 +153,27 @@ def _next(source: Source, settings: TidarSettings | None) -> str:
     return f"zconvert generate {source.argument}" if settings.stages else "zconvert midtrain RECIPE.yaml"
 
 
-def _language_model(config: dict[str, Any]) -> dict[str, Any]:
-    """Composite models (images, audio) keep the language model's settings one level down."""
-    inner = config.get("text_config")
-    return inner if isinstance(inner, dict) else config
-
-
-def _whole(config: dict[str, Any], *keys: str) -> int | None:
-    """The first of these keys that holds a whole number."""
-    return next((config[key] for key in keys if type(config.get(key)) is int), None)
-
-
-def _experts(config: dict[str, Any]) -> dict[str, int | None] | None:
-    num = _whole(config, "num_experts", "num_local_experts", "n_routed_experts")
-    if not num:
+def _experts(headers: Headers, config: dict[str, Any]) -> dict[str, int | None] | None:
+    """What config.json says, where the tensors bear it out: some configs keep keys of experts they do not have."""
+    model = language_model(config)
+    said, layers, with_experts = experts_of(model), layers_of(model), moe_layers(headers, config)
+    if said is None or (headers.tensors and not with_experts):
         return None
-    per_token = _whole(config, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k")
-    if per_token is None and config.get("model_type") == "zaya":
-        per_token = 1  # the only number it knows; its first configs leave it out
-    return {"num": num, "per_token": per_token}
-
-
-def _attention(config: dict[str, Any]) -> dict[str, int | None]:
-    heads, width = _whole(config, "num_attention_heads"), _whole(config, "hidden_size")
-    head_dim = _whole(config, "head_dim")
-    if head_dim is None and heads and width:
-        head_dim = width // heads
+    shared = any(
+        part.startswith(("shared_expert", "shared_mlp")) for name in headers.tensors for part in name.split(".")
+    )
     return {
-        "heads": heads,
-        "kv_heads": _whole(config, "num_key_value_heads") or heads,
-        "head_dim": head_dim,
-        "sliding_window": _window(config),
+        "num": said["num"],
+        "per_token": said["per_token"],
+        "shared": (said["shared"] or 1) if shared else 0 if headers.tensors else said["shared"],
+        "moe_layers": with_experts if headers.tensors else None,
+        "dense_layers": layers - with_experts if headers.tensors and layers is not None else None,
     }
 
 
-def _window(config: dict[str, Any]) -> int | None:
-    # Qwen's configs carry a window and a switch that turns it off.
-    return None if config.get("use_sliding_window") is False else _whole(config, "sliding_window")
-
-
-def _layer_types(config: dict[str, Any]) -> dict[str, int] | None:
-    types = config.get("layer_types")
-    if isinstance(types, list) and types:
-        return dict(Counter(map(str, types)))
-    layers = _whole(config, "num_hidden_layers")
-    if layers is None:
-        return None
-    if config.get("model_type") == "zaya":
-        return {"hybrid": layers}
-    return {"sliding_attention" if _window(config) else "full_attention": layers}
-
-
-def _rope(config: dict[str, Any]) -> dict[str, Any] | None:
-    if isinstance(config.get("rope_parameters"), dict):
-        return config["rope_parameters"]
-    if "rope_theta" not in config:
-        return None
-    scaling = config.get("rope_scaling")  # transformers 4 kept the two apart
-    return {"rope_theta": config["rope_theta"], **(scaling if isinstance(scaling, dict) else {"rope_type": "default"})}
+def _router(headers: Headers, model: dict[str, Any]) -> dict[str, Any] | None:
+    router = router_of(model)
+    return router and {**router, "balancing_bias": any(name.endswith(_BALANCING_BIASES) for name in headers.tensors)}
 
 
 def _dtypes(headers: Headers) -> dict[str, dict[str, int]]:

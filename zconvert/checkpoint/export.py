@@ -7,7 +7,6 @@ without `trust_remote_code` the folder is the plain autoregressive model.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from zconvert.checkpoint.graft import GENERATION_CONFIG, generation_patch
 from zconvert.checkpoint.headers import INDEX_FILE, Headers, read_headers
 from zconvert.checkpoint.json_patch import read_json
 from zconvert.checkpoint.mask_token import choose_mask_token, tokenizer_patches
+from zconvert.checkpoint.provenance import PROVENANCE_FILE, provenance
 from zconvert.checkpoint.source import Source, read_config, require_converted
 from zconvert.checkpoint.weights import check_written
 from zconvert.errors import UserError
@@ -29,8 +29,6 @@ CODE_FOLDER = "custom_generate"
 REQUIREMENTS = ("torch>=2.11", "transformers>=5.17")
 """what custom_generate needs: the lower bounds of pyproject.toml"""
 RECIPE_FILE = "zconvert_config.yaml"
-PROVENANCE_FILE = "provenance.json"
-_LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "huggingface-hub")
 _CHUNK = 16 * 1024 * 1024
 
 
@@ -87,8 +85,8 @@ def export(
             copy(source / INDEX_FILE, folder / INDEX_FILE)
         copy_companions(source, folder, without=texts)
         _write_code(folder / CODE_FOLDER)
-        provenance = _provenance(settings, weights, results)
-        texts[PROVENANCE_FILE] = json.dumps(provenance, indent=2) + "\n"
+        origin = provenance(settings, weights=dict(weights), results=results)
+        texts[PROVENANCE_FILE] = json.dumps(origin, indent=2) + "\n"
         for name, text in texts.items():
             (folder / name).write_bytes(text.encode())
         check_written(folder, headers.tensors)
@@ -151,26 +149,3 @@ def _write_code(folder: Path) -> None:
     for path in sorted((Path(zconvert.__file__).parent / "tidar").glob("*.py")):
         copy(path, folder / path.name)
     (folder / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n", encoding="utf-8")
-
-
-def _provenance(
-    settings: TidarSettings, weights: Mapping[str, Any], results: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    return {
-        "format_version": 1,
-        "base_model": settings.base_model,
-        "base_revision": settings.base_revision,
-        "mode": settings.mode,
-        "stages": list(settings.stages),
-        "tool": {"name": "zconvert", "version": zconvert.__version__},
-        "libraries": {name: _version(name) for name in _LIBRARIES},
-        "weights": dict(weights),
-        "results": results,
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -8,8 +8,10 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from io import FileIO
 from pathlib import Path
+from typing import Literal
 
 from zconvert.errors import UserError
 
@@ -32,6 +34,11 @@ _STAY_SUFFIXES = {
 }
 _FOLDERS = ("additional_chat_templates",)
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_CHUNK = 4 * 1024 * 1024
+_BUFFER = 1024 * 1024
+
+Placed = Literal["reflink", "link", "copy"]
+"""how a file was put into a folder: sharing its bytes until one is edited, as another name of it, or by copying"""
 
 
 @contextlib.contextmanager
@@ -57,7 +64,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     ...     print(os.listdir(work))
     ['made']
     """
-    _refuse_existing(out)
+    refuse_existing(out)
     made_parents: list[Path] = []
     temporary: Path | None = None
     try:
@@ -66,9 +73,9 @@ def new_folder(out: Path) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         _flush(temporary)
-        _refuse_existing(out)  # rename would silently take the place of an empty folder that came meanwhile
+        refuse_existing(out)  # rename would silently take the place of an empty folder that came meanwhile
         temporary.rename(out)
-        _flush_one(out.parent)
+        flush(out.parent)
     except BaseException as error:
         # Measured before the removal: afterwards the disk is no longer full.
         refusal = _as_user_error(error, out)
@@ -93,28 +100,52 @@ def writing(out: Path) -> Iterator[None]:
         raise refusal from error
 
 
-def place(src: Path, dst: Path) -> None:
+def place(src: Path, dst: Path) -> Placed:
     """Puts an unchanged file at `dst`, the cheapest way that works: reflink, hard link, copy.
 
     Symbolic links are followed, so that a file of the Hub's cache is linked and not the link to it. A hard-linked file
     must never be edited in place: it is the source's file too.
+
+    Returns:
+        the way that worked.
     """
     real = Path(os.path.realpath(src))
     if _reflink(real, dst):
-        return
+        return "reflink"
     try:
         os.link(real, dst)
+        return "link"
     except FileExistsError:
         raise
     except OSError:  # another disk, no hard links on this one, or no permission to link others' files
         _copy_bytes(real, dst)
+        return "copy"
 
 
-def copy(src: Path, dst: Path) -> None:
-    """Puts an independent file at `dst`, one that may be edited: reflink, else a copy of the bytes."""
+def can_link(src: Path, folder: Path) -> bool:
+    """Whether a hard link to `src` could stand in `folder`, as far as one can tell without making it: on one disk."""
+    try:
+        return os.stat(src).st_dev == os.stat(_existing(folder)).st_dev
+    except OSError:
+        return False
+
+
+def copy(src: Path, dst: Path, on_copied: Callable[[int], None] | None = None) -> Placed:
+    """Puts an independent file at `dst`, one that may be edited: reflink, else a copy of the bytes.
+
+    Args:
+        src: the file.
+        dst: where to put it; nothing may stand there.
+        on_copied: told after every few MB how many bytes, from the start of the file, are copied.
+
+    Returns:
+        the way that worked.
+    """
     real = Path(os.path.realpath(src))
-    if not _reflink(real, dst):
-        _copy_bytes(real, dst)
+    if _reflink(real, dst):
+        return "reflink"
+    _copy_bytes(real, dst, on_copied)
+    return "copy"
 
 
 def copy_companions(src: Path, dst: Path, *, without: Collection[str] = ()) -> None:
@@ -128,21 +159,41 @@ def copy_companions(src: Path, dst: Path, *, without: Collection[str] = ()) -> N
         dst: the folder to copy to.
         without: names of further files to leave out, as they are written anew.
     """
+    for name, path in companions(src).items():
+        if name not in without:
+            (dst / name).parent.mkdir(exist_ok=True)
+            copy(path, dst / name)
+
+
+def companions(src: Path) -> dict[str, Path]:
+    """What `copy_companions` copies: name in the new folder -> the file.
+
+    Raises:
+        UserError: such a file is a link that leads nowhere.
+    """
+    found: dict[str, Path] = {}
     for path in sorted(src.iterdir()):
         name = path.name
         if name in _FOLDERS and path.is_dir():
-            (dst / name).mkdir()
-            for inner in sorted(path.iterdir()):
-                if inner.is_file():
-                    copy(inner, dst / name / inner.name)
-        wanted = not name.startswith(".") and path.suffix.lower() not in _STAY_SUFFIXES and name not in _STAY
-        if wanted and name not in without and path.is_file():
-            copy(path, dst / name)
-    if (src / "README.md").is_file() and not (src / BASE_CARD).exists():
-        copy(src / "README.md", dst / BASE_CARD)
+            found |= {f"{name}/{inner.name}": inner for inner in sorted(path.iterdir()) if inner.is_file()}
+        if name.startswith(".") or path.suffix.lower() in _STAY_SUFFIXES or name in _STAY:
+            continue
+        if path.is_symlink() and not os.path.exists(path):  # also a loop, which Path.exists of Python 3.11 raises on
+            raise UserError(
+                f"{path} cannot be read",
+                found=f"a link to {os.readlink(path)}, which leads to no file",
+                expected="the file",
+                fix="download or copy the checkpoint again, or remove the link if the file is not needed",
+            )
+        if path.is_file():
+            found[name] = path
+    if (src / "README.md").is_file() and BASE_CARD not in found:
+        found[BASE_CARD] = src / "README.md"
+    return found
 
 
-def _refuse_existing(out: Path) -> None:
+def refuse_existing(out: Path) -> None:
+    """Raises a `UserError` where something stands at `out`, be it a link that leads nowhere."""
     if os.path.lexists(out):
         kind = "a folder" if out.is_dir() else "a file"
         if out.is_dir() and not out.is_symlink():
@@ -182,19 +233,44 @@ def _reflink(src: Path, dst: Path) -> bool:
     return False
 
 
-def _copy_bytes(src: Path, dst: Path) -> None:
-    with src.open("rb") as reader, dst.open("xb") as writer:
-        shutil.copyfileobj(reader, writer, 16 * 1024 * 1024)
+def _copy_bytes(src: Path, dst: Path, on_copied: Callable[[int], None] | None = None) -> None:
+    tell = on_copied or (lambda _: None)
+    with src.open("rb", buffering=0) as reader, dst.open("xb", buffering=0) as writer:
+        if not _copy_in_kernel(reader, writer, tell):
+            buffer = memoryview(bytearray(_BUFFER))
+            while count := reader.readinto(buffer):
+                rest = buffer[:count]
+                while rest:
+                    rest = rest[writer.write(rest) :]
+                tell(writer.tell())
+
+
+def _copy_in_kernel(reader: FileIO, writer: FileIO, tell: Callable[[int], None]) -> bool:
+    """Copies without moving the bytes through this process; False, with nothing copied, where that cannot be done."""
+    if not hasattr(os, "copy_file_range"):
+        return False
+    copied = 0
+    try:
+        while count := os.copy_file_range(reader.fileno(), writer.fileno(), _CHUNK):
+            copied += count
+            tell(copied)
+    except OSError as error:
+        if copied or error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
+            raise
+        return False
+    # Some file systems (of /proc, some that are mounted by FUSE) copy nothing and say so without an error.
+    return copied > 0
 
 
 def _flush(folder: Path) -> None:
     """Has everything under a folder on disk before the rename makes it visible."""
     for path in sorted(folder.rglob("*")):
-        _flush_one(path)
-    _flush_one(folder)
+        flush(path)
+    flush(folder)
 
 
-def _flush_one(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -217,11 +293,20 @@ def _as_user_error(error: BaseException, out: Path) -> UserError | None:
         return None
     if number in (errno.ENOSPC, errno.EDQUOT):
         what = f"{out} cannot be written: the disk is full"
-    return UserError(what, found=f"{message} ({_free(out)} free)", fix=_FIXES.get(number or 0, "check the disk"))
+    free = free_space(out)
+    room = "unknown space" if free is None else f"{free / 1e9:.3g} GB"
+    return UserError(what, found=f"{message} ({room} free)", fix=_FIXES.get(number or 0, "check the disk"))
 
 
-def _free(out: Path) -> str:
-    for parent in out.absolute().parents:
-        with contextlib.suppress(OSError):
-            return f"{shutil.disk_usage(parent).free / 1e9:.3g} GB"
-    return "unknown space"
+def free_space(out: Path) -> int | None:
+    """Bytes free on the disk that `out` would be on; None where that cannot be told."""
+    try:
+        return shutil.disk_usage(_existing(out)).free
+    except OSError:
+        return None
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    path = path.absolute()
+    return next((place for place in (path, *path.parents) if os.path.exists(place)), Path(path.anchor))

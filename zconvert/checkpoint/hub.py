@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
-from zconvert.checkpoint.headers import INDEX_FILE, SINGLE_FILE, Headers, read_headers
+from zconvert.checkpoint.headers import INDEX_FILE, MAX_HEADER_BYTES, SINGLE_FILE, ShardFiles
 from zconvert.errors import UserError
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*", "README.md"]
-_WEIGHTS = ["*.safetensors"]
-# Other formats and copies of the weights; additional_chat_templates/*.jinja is the one sub-folder that is wanted.
-_IGNORED = ["*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors", "consolidated*", "*.bin", "*.pt", "*.pth"]
+# Copies for other programs are in sub-folders; additional_chat_templates/*.jinja is the one that is wanted.
+_IGNORED = ["*/*.json", "*/*.txt", "*/*.model", "*/*.tiktoken", "*/*.safetensors"]
+
+_TRIES_IN_VAIN = 3
 
 Progress = Callable[[int, int], None]
 """called with the bytes fetched and the bytes to fetch, as far as these are known yet"""
@@ -26,16 +29,18 @@ def fetch(
     *,
     revision: str | None = None,
     token: str | None = None,
-    weights: bool = True,
+    shards: Sequence[str] = (),
     on_progress: Progress | None = None,
 ) -> tuple[Path, str]:
     """Fetches a checkpoint into the Hub's cache, or finds it there.
+
+    A connection that breaks is taken up again where it broke; a later call fetches the files that are not whole yet.
 
     Args:
         name: Hub id, `org/name`.
         revision: branch, tag or commit; `main` where None.
         token: access token; the one that `hf auth login` stored where None.
-        weights: False leaves the weight files out; `fetch_headers` then tells what is in them.
+        shards: weight files to fetch beside the small files; `hub_files` reads headers without fetching any.
         on_progress: told about the download.
 
     Returns:
@@ -44,24 +49,33 @@ def fetch(
     Raises:
         UserError: it is not there, access is refused, the Hub cannot be reached, or the disk is full.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import errors, snapshot_download
 
+    reporter, in_vain = _reporter(on_progress), 0
     with _hub_errors(name, revision):
-        folder = Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                token=token,
-                allow_patterns=SMALL_FILES + (_WEIGHTS if weights else []),
-                ignore_patterns=_IGNORED,
-                tqdm_class=_reporter(on_progress),
-            )
-        )
-    return folder, folder.name
+        while True:
+            before = reporter.received
+            try:
+                folder = snapshot_download(
+                    name,
+                    revision=revision,
+                    token=token,
+                    allow_patterns=[*SMALL_FILES, *map(glob.escape, shards)],
+                    ignore_patterns=_IGNORED,
+                    tqdm_class=reporter,
+                )
+                return Path(folder), Path(folder).name
+            except errors.HTTPError as error:
+                # The client goes on by itself after a connection was closed, not after a reset. An answer of the Hub
+                # is no break, and neither is a connection that never came to be.
+                in_vain = 0 if reporter.received > before else in_vain + 1
+                answered = getattr(error, "response", None) is not None
+                if answered or type(error).__name__ == "ConnectError" or in_vain >= _TRIES_IN_VAIN:
+                    raise
 
 
-def fetch_headers(folder: Path, name: str, commit: str, token: str | None = None) -> Headers | None:
-    """Reads the headers of the weight files on the Hub by ranged requests.
+def hub_files(folder: Path, name: str, commit: str, token: str | None = None) -> ShardFiles | None:
+    """The weight files on the Hub, of which only the ranges that are read travel.
 
     Args:
         folder: the snapshot that `fetch` made, with the index where there are several shards.
@@ -70,50 +84,102 @@ def fetch_headers(folder: Path, name: str, commit: str, token: str | None = None
         token: as for `fetch`.
 
     Returns:
-        the headers, or None where the weights are in the folder already.
-
-    Raises:
-        UserError: as `fetch` and `read_headers`.
+        the files, or None where the weights are in the folder already. Their methods raise as `fetch` does.
     """
-    if _has_weights(folder):
+    shards = _shards(folder)
+    if shards and all((folder / shard).exists() for shard in shards):
         return None
-    with _hub_errors(name, commit):
-        return read_headers(folder, _HubFiles(name, commit, token))
+    return _HubFiles(name, commit, token, shards)
 
 
-def _has_weights(folder: Path) -> bool:
-    """Whether all weights were fetched before."""
+def _shards(folder: Path) -> list[str]:
+    """The weight files of a snapshot by its index; the single file where it is there or there is no index."""
     if (folder / SINGLE_FILE).exists():
-        return True
+        return [SINGLE_FILE]
     try:
         weight_map = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
-        return all((folder / shard).exists() for shard in set(weight_map.values()))
+        return sorted(set(weight_map.values()))
+    except FileNotFoundError:
+        return [SINGLE_FILE]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+        return []  # who reads the headers says what is wrong with the index
 
 
 class _HubFiles:
     """Shards on the Hub, of which only the requested ranges travel."""
 
-    _BLOCK = 1 << 17  # most headers fit into one block
+    _FIRST_BYTES = 1 << 18
+    """asked for at the beginnings of all shards together, in the hope that a header is no longer than its share"""
+    _LEAST, _MOST = 1 << 12, 1 << 17  # of one shard
+    _AT_ONCE = 8
 
-    def __init__(self, name: str, commit: str, token: str | None) -> None:
+    def __init__(self, name: str, commit: str, token: str | None, shards: Sequence[str]) -> None:
         from huggingface_hub import HfFileSystem
 
+        self._name, self._commit, self._shards = name, commit, shards
         self._system = HfFileSystem(token=token)
         self._root = f"{name}@{commit}"
+        self._starts: dict[str, bytes] | None = None
 
     def names(self) -> set[str]:
-        return {str(path).rsplit("/", 1)[-1] for path in self._system.ls(self._root, detail=False)}
+        with _hub_errors(self._name, self._commit):
+            return {str(path).rsplit("/", 1)[-1] for path in self._system.ls(self._root, detail=False)}
 
     def size(self, name: str) -> int:
-        return int(self._system.info(f"{self._root}/{name}")["size"])
+        with _hub_errors(self._name, self._commit):
+            return int(self._system.info(f"{self._root}/{name}")["size"])
 
     def open(self, name: str) -> BinaryIO:
-        return self._system.open(f"{self._root}/{name}", "rb", block_size=self._BLOCK)
+        if self._starts is None:
+            self._starts = self._fetch_starts()
+        start = self._starts.get(name, b"")
+        return cast(BinaryIO, _Started(start, lambda first, end: self._range(name, first, end)))
+
+    def _fetch_starts(self) -> dict[str, bytes]:
+        """The headers of all shards, several at once: one after the other they take seconds."""
+        present = self.names()
+        wanted = [SINGLE_FILE] if SINGLE_FILE in present else [shard for shard in self._shards if shard in present]
+        share = min(self._MOST, max(self._LEAST, self._FIRST_BYTES // max(1, len(wanted))))
+
+        def header(name: str) -> bytes:
+            start = self._range(name, 0, share)
+            length = 8 + int.from_bytes(start[:8], "little")
+            # One that is too long to be true is refused by who reads it.
+            return start + self._range(name, share, length) if share < length <= MAX_HEADER_BYTES else start
+
+        with ThreadPoolExecutor(self._AT_ONCE) as pool:
+            return dict(zip(wanted, pool.map(header, wanted), strict=True))
+
+    def _range(self, name: str, first: int, end: int) -> bytes:
+        end = min(end, self.size(name))
+        if first >= end:
+            return b""
+        with _hub_errors(self._name, self._commit):
+            return self._system.cat_file(f"{self._root}/{name}", start=first, end=end, cache_type="none")
 
 
-def _reporter(on_progress: Progress | None) -> type:
+class _Started:
+    """A file of which the beginning is here, to be read from there on."""
+
+    def __init__(self, start: bytes, fetch: Callable[[int, int], bytes]) -> None:
+        self._start, self._fetch, self._position = start, fetch, 0
+
+    def read(self, size: int) -> bytes:
+        first, end = self._position, self._position + size
+        here = self._start[first:end]
+        if len(here) < size:
+            here += self._fetch(first + len(here), end)
+        self._position += len(here)
+        return here
+
+    def __enter__(self) -> _Started:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def _reporter(on_progress: Progress | None) -> Any:
     """A progress bar class for the Hub client that prints nothing and reports to `on_progress`."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -125,6 +191,9 @@ def _reporter(on_progress: Progress | None) -> type:
             pass
 
     class Reporter(tqdm):
+        received = 0
+        """bytes that came in, over all bars"""
+
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs.pop("name", None)  # a word of the Hub client's own class
             kwargs.pop("disable", None)
@@ -134,6 +203,8 @@ def _reporter(on_progress: Progress | None) -> type:
 
         def update(self, n: float | None = 1) -> bool | None:
             shown = super().update(n)
+            if self.reports:
+                Reporter.received += int(n or 0)
             if self.reports and on_progress is not None:
                 on_progress(int(self.n), int(self.total or 0))
             return shown
@@ -173,7 +244,7 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
         raise UserError(
             f"{name} cannot be looked up on the Hub", found=error, fix="check the name and token"
         ) from error
-    except (errors.LocalEntryNotFoundError, errors.HTTPError) as error:
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HTTPError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):
             raise UserError(f"{name}: the Hub refuses access", found=f"HTTP {status}", fix=login) from error

@@ -9,6 +9,7 @@ from typing import Any
 from zconvert.checkpoint.mask_token import read_vocabulary
 from zconvert.checkpoint.source import Source, headers_of, read_config, tidar_settings
 from zconvert.errors import UserError
+from zconvert.tidar.families import language_config
 
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -94,16 +95,18 @@ def end_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 def _model_class(source: Source) -> Any:
     """The class by which transformers loads a checkpoint as a causal language model.
 
-    Text models of composite families (Mistral 4's) are in none of its lists: their `architectures` name them.
+    A composite model is loaded whole, so that it can be saved whole, and some text models (Mistral 4's) are in none of
+    its lists: `architectures` names the class.
     """
     import transformers
 
     config = read_config(source.folder)
-    names = config.get("architectures")
-    if config.get("model_type") not in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        module = getattr(transformers.models, str(config.get("model_type")), None)
+    model_type, names = str(config.get("model_type")), config.get("architectures")
+    listed = model_type in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if language_config(config) is not config or not listed:
+        module = getattr(transformers.models, model_type, None)
         for name in names if isinstance(names, list) else []:
-            if str(name).endswith("ForCausalLM") and hasattr(module, str(name)):
+            if str(name).endswith(("ForCausalLM", "ForConditionalGeneration")) and hasattr(module, str(name)):
                 return getattr(module, str(name))
     return transformers.AutoModelForCausalLM
 

@@ -6,7 +6,9 @@ added token gets the id that follows the last one, whatever id its entry asks fo
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +17,22 @@ from typing import Any, Literal
 from zconvert.checkpoint.headers import Headers, TensorInfo
 from zconvert.checkpoint.json_patch import append_to_list, parse_json_object, patch_json, read_json, read_json_text
 from zconvert.errors import UserError
+from zconvert.tidar.families import language_config
 
 KNOWN_MASK_TOKENS = ("<mask>", "[MASK]", "<|mask|>", "<|mask_token|>")
 NEW_MASK_TOKEN = "<mask>"
 ROW_MULTIPLE = 64
 """grown embeddings have a multiple of this many rows, as kernels like them"""
 TOKENIZER_FILE = "tokenizer.json"
-EMBEDDING_NAMES = ("model.embed_tokens.weight", "embed_tokens.weight", "transformer.wte.weight")
-HEAD_NAMES = ("lm_head.weight", "embed_out.weight", "output.weight")
+EMBEDDING_NAMES = (
+    *("model.embed_tokens.weight", "embed_tokens.weight", "transformer.wte.weight"),
+    *("language_model.model.embed_tokens.weight", "model.language_model.embed_tokens.weight"),  # composite models
+)
+HEAD_NAMES = ("lm_head.weight", "embed_out.weight", "output.weight", "language_model.lm_head.weight")
+
+# The vocabulary that was read last, and the hash of its file: parsing one of 35 MB takes half a second, hashing it
+# 40 ms, and a conversion asks for it several times.
+_last_read: tuple[bytes, Vocabulary] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
         UserError: there is no `tokenizer.json`, or it is malformed.
     """
     path = folder / TOKENIZER_FILE
-    if not path.exists():
+    if not os.path.lexists(path):  # a link that leads nowhere is told of as what it is, by the reading
         others = [name for name in ("tokenizer.model", "vocab.json", "tekken.json") if (folder / name).exists()]
         raise UserError(
             f"{folder} has no {TOKENIZER_FILE}",
@@ -65,7 +75,12 @@ def read_vocabulary(folder: Path) -> Vocabulary:
             fix="copy the tokenizer's files into the folder; for older ones "
             f"AutoTokenizer.from_pretrained(SOURCE).save_pretrained(DIR) writes {TOKENIZER_FILE}",
         )
-    return _vocabulary(parse_json_object(read_json_text(path), str(path)), path)
+    global _last_read
+    text = read_json_text(path)
+    digest = hashlib.blake2b(text.encode()).digest()
+    if _last_read is None or _last_read[0] != digest:
+        _last_read = digest, _vocabulary(parse_json_object(text, str(path)), path)
+    return _last_read[1]
 
 
 def embedding_tensor(headers: Headers, config: dict[str, Any]) -> TensorInfo:
@@ -74,7 +89,8 @@ def embedding_tensor(headers: Headers, config: dict[str, Any]) -> TensorInfo:
     Raises:
         UserError: there is none, or it does not agree with `vocab_size`.
     """
-    vocab_size, width = config.get("vocab_size"), config.get("hidden_size")
+    model = language_config(config)
+    vocab_size, width = model.get("vocab_size"), model.get("hidden_size")
     named = [headers.tensors[name] for name in EMBEDDING_NAMES if name in headers.tensors]
     shaped = [t for t in headers.tensors.values() if t.shape == (vocab_size, width) and "embed" in t.name]
     found = next((t for t in [*named, *shaped] if t.name not in HEAD_NAMES and len(t.shape) == 2), None)
@@ -96,7 +112,11 @@ def embedding_tensor(headers: Headers, config: dict[str, Any]) -> TensorInfo:
 
 
 def choose_mask_token(
-    folder: Path, headers: Headers, config: dict[str, Any], wanted: str | int | None = None
+    folder: Path,
+    headers: Headers,
+    config: dict[str, Any],
+    wanted: str | int | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> MaskToken:
     """Chooses the mask token: the tokenizer's own, else a spare row's id, else one that needs a new row.
 
@@ -105,12 +125,13 @@ def choose_mask_token(
         headers: its tensors.
         config: its `config.json`.
         wanted: text or id of the token to take instead; a text that the tokenizer lacks is added to it.
+        vocabulary: the tokenizer's entries, where they were read already.
 
     Raises:
         UserError: tokenizer and embedding do not fit, or `wanted` cannot be the mask token.
     """
     rows = embedding_tensor(headers, config).shape[0]
-    vocabulary = read_vocabulary(folder)
+    vocabulary = vocabulary or read_vocabulary(folder)
     _check_fit(vocabulary, rows)
     if isinstance(wanted, int):
         if wanted in vocabulary.texts:
@@ -133,8 +154,13 @@ def choose_mask_token(
     return _new(vocabulary, wanted or declared or NEW_MASK_TOKEN, rows)
 
 
-def tokenizer_patches(folder: Path, mask: MaskToken) -> dict[str, str]:
+def tokenizer_patches(folder: Path, mask: MaskToken, vocabulary: Vocabulary | None = None) -> dict[str, str]:
     """New texts of the tokenizer's files, so that transformers knows the mask token by name and id.
+
+    Args:
+        folder: the checkpoint's folder.
+        mask: from `choose_mask_token`.
+        vocabulary: the tokenizer's entries, where they were read already.
 
     Returns:
         file name -> text, of the files that change.
@@ -144,9 +170,8 @@ def tokenizer_patches(folder: Path, mask: MaskToken) -> dict[str, str]:
     """
     entry = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     texts: dict[str, str] = {}
-    tokenizer = read_json_text(folder / TOKENIZER_FILE)
-    document = parse_json_object(tokenizer, TOKENIZER_FILE)
-    if mask.text not in _vocabulary(document, folder / TOKENIZER_FILE).added:
+    if mask.text not in (vocabulary or read_vocabulary(folder)).added:
+        tokenizer = read_json_text(folder / TOKENIZER_FILE)
         added = {"id": mask.id, "content": mask.text, **entry}
         texts[TOKENIZER_FILE] = append_to_list(tokenizer, "added_tokens", added, name=TOKENIZER_FILE)
     for name, made in (("tokenizer_config.json", True), ("special_tokens_map.json", False)):

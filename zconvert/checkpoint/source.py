@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zconvert.checkpoint.headers import Headers, read_headers
-from zconvert.checkpoint.hub import Progress, fetch, fetch_headers
+from zconvert.checkpoint.headers import Headers, ShardFiles, read_headers
+from zconvert.checkpoint.hub import Progress, fetch, hub_files
 from zconvert.errors import UserError
+from zconvert.tidar.families import language_config
 from zconvert.tidar.settings import TidarSettings
 
 CONFIG_FILE = "config.json"
 RUN_CHECKPOINT = "checkpoint"
 """a training run keeps its finished checkpoint in this folder"""
+
+Accept = Callable[[dict[str, Any], Headers], None]
+"""raises a `UserError` for a checkpoint that cannot be used"""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CACHED = re.compile(r"models--(?P<org>.+?)--(?P<name>.+)")
@@ -30,13 +35,13 @@ class Source:
         folder: where its files are.
         name: its Hub id, or the name of its folder.
         revision: the commit, where it comes from the Hub.
-        headers: its tensors, where the weights themselves were not fetched.
+        files: where its shards can be read, where the weights were not fetched into the folder.
     """
 
     folder: Path
     name: str
     revision: str | None = None
-    headers: Headers | None = field(default=None, repr=False, compare=False)
+    files: ShardFiles | None = field(default=None, repr=False, compare=False)
 
     @property
     def argument(self) -> str:
@@ -51,16 +56,20 @@ def resolve(
     token: str | None = None,
     weights: bool = True,
     on_progress: Progress | None = None,
+    accept: Accept | None = None,
 ) -> Source:
     """Finds a checkpoint by what the user typed, and fetches it where it is on the Hub.
+
+    Headers are read before weight files are fetched, so that what cannot be used costs no download.
 
     Args:
         name: a checkpoint's folder, a training run's folder (meaning its `checkpoint/`), or a Hub id `org/name`. A
             folder that exists comes first.
         revision: branch, tag or commit on the Hub; `main` where None.
         token: access token; the one that `hf auth login` stored where None.
-        weights: False fetches headers only, by ranged requests, instead of whole weight files.
-        on_progress: told about the download.
+        weights: False leaves the weight files where they are; `headers_of` reads their headers by ranged requests.
+        on_progress: told about the download of weights.
+        accept: shown `config.json` and the headers before weights are fetched; raises what is to be told instead.
 
     Raises:
         UserError: there is no such checkpoint, it cannot be had, or it is none.
@@ -77,9 +86,17 @@ def resolve(
             )
         return _local(folder)
     if _HUB_ID.fullmatch(text):
-        folder, commit = fetch(text, revision=revision, token=token, weights=weights, on_progress=on_progress)
-        read_config(folder)
-        return Source(folder, text, commit, None if weights else fetch_headers(folder, text, commit, token))
+        folder, commit = fetch(text, revision=revision, token=token)
+        config = read_config(folder)
+        files = hub_files(folder, text, commit, token)
+        if not weights or files is None:
+            return Source(folder, text, commit, files)
+        headers = read_headers(folder, files)
+        if accept is not None:
+            accept(config, headers)
+        shards = [shard.name for shard in headers.shards]
+        fetch(text, revision=commit, token=token, shards=shards, on_progress=on_progress)
+        return Source(folder, text, commit)
     raise UserError(
         f"{text}: no such folder",
         found="nothing there" if _exists(folder.parent) else f"no folder {folder.parent} either",
@@ -121,7 +138,8 @@ def tidar_settings(config: dict[str, Any]) -> TidarSettings | None:
     Raises:
         UserError: the section is there and cannot be used.
     """
-    section = config.get("tidar")
+    model = language_config(config)
+    section = model.get("tidar")
     if section is None:
         return None
     fix = "convert the source again with `zconvert convert-init`, or mend the section by hand"
@@ -133,7 +151,7 @@ def tidar_settings(config: dict[str, Any]) -> TidarSettings | None:
         settings = TidarSettings.from_dict(section)
     except (ValueError, TypeError) as error:
         raise UserError("the tidar section of config.json cannot be used", found=error, fix=fix) from error
-    rows = config.get("vocab_size")
+    rows = model.get("vocab_size")
     if isinstance(rows, int) and settings.mask_token_id >= rows:
         raise UserError(
             "the tidar section of config.json names a mask token that the model has no row for",
@@ -162,12 +180,12 @@ def require_converted(source: Source) -> TidarSettings:
 
 
 def headers_of(source: Source) -> Headers:
-    """The checkpoint's tensors, from its files or as they were fetched with it.
+    """The checkpoint's tensors, by the headers of its files.
 
     Raises:
         UserError: the weights are not there, or a file is damaged.
     """
-    return source.headers or read_headers(source.folder)
+    return read_headers(source.folder, source.files)
 
 
 def _exists(path: Path) -> bool:

@@ -15,7 +15,9 @@ from zconvert.checkpoint.folder import copy_companions, new_folder
 from zconvert.checkpoint.headers import DTYPE_BITS, INDEX_FILE, Headers, TensorInfo, read_headers
 from zconvert.checkpoint.json_patch import parse_json_object, patch_json, read_json_text
 from zconvert.checkpoint.mask_token import EMBEDDING_NAMES, HEAD_NAMES
+from zconvert.checkpoint.provenance import PROVENANCE_FILE, carried_on
 from zconvert.errors import UserError
+from zconvert.tidar.families import language_config
 from zconvert.tidar.settings import TidarSettings
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _BY_OPTION = {"float32": "F32", "bfloat16": "BF16"}
 _LISTED = 5
-_CHUNK = 16 * 1024 * 1024
+_CHUNK = 4 * 1024 * 1024
 
 
 def write_shard(
@@ -43,6 +45,23 @@ def write_shard(
     Raises:
         ValueError: a tensor has not the bytes that its type and shape ask for.
     """
+    start, ordered = _start_of_file(tensors, metadata)
+    with path.open("xb") as file:
+        file.write(start)
+        for t in ordered:
+            written = sum(file.write(chunk) for chunk in chunks(t.name))
+            if written != _bytes(t):
+                raise ValueError(f"{t.name}: {written} bytes written, {_bytes(t)} expected")
+
+
+def shard_size(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> int:
+    """Bytes of the file that `write_shard` would make."""
+    start, ordered = _start_of_file(tensors, metadata)
+    return len(start) + sum(_bytes(t) for t in ordered)
+
+
+def _start_of_file(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> tuple[bytes, list[TensorInfo]]:
+    """What stands before the tensors' bytes, and the tensors in the order of the file."""
     # Wide types first, as the safetensors library does: each tensor then begins at a multiple of its item's size.
     ordered = sorted(tensors, key=lambda t: -DTYPE_BITS[t.dtype])
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -52,12 +71,7 @@ def write_shard(
         header[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("xb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for t in ordered:
-            written = sum(file.write(chunk) for chunk in chunks(t.name))
-            if written != _bytes(t):
-                raise ValueError(f"{t.name}: {written} bytes written, {_bytes(t)} expected")
+    return struct.pack("<Q", len(text)) + text, ordered
 
 
 def read_chunks(path: Path, tensor: TensorInfo) -> Iterator[bytes]:
@@ -121,6 +135,9 @@ def save_trained(
     index = index_patch(base, headers, targets.values())
     if index is not None:
         texts[INDEX_FILE] = index
+    origin = carried_on(base, settings)
+    if origin is not None:
+        texts[PROVENANCE_FILE] = origin
     for name, document in (extra_json or {}).items():
         texts[name] = json.dumps(document, indent=2) + "\n"
     with new_folder(out) as folder:
@@ -173,12 +190,19 @@ def _with_types(headers: Headers, dtype: str) -> dict[str, TensorInfo]:
 
 
 def _config_patch(base: Path, settings: TidarSettings, dtype: str) -> str:
-    text = read_json_text(base / "config.json")
-    changes: dict[str, Any] = {"tidar": settings.to_dict()}
-    if dtype != "source":
-        keys = [key for key in ("dtype", "torch_dtype") if key in parse_json_object(text, "config.json")]
-        changes |= dict.fromkeys(keys or ["dtype"], dtype)
-    return patch_json(text, changes, name="config.json")
+    text = patch_config(base, {"tidar": settings.to_dict()})
+    if dtype == "source":
+        return text
+    keys = [key for key in ("dtype", "torch_dtype") if key in parse_json_object(text, "config.json")]
+    return patch_json(text, dict.fromkeys(keys or ["dtype"], dtype), name="config.json")
+
+
+def patch_config(folder: Path, changes: Mapping[str, Any]) -> str:
+    """The text of a checkpoint's `config.json` with members of its language model's part replaced or added."""
+    text = read_json_text(folder / "config.json")
+    config = parse_json_object(text, "config.json")
+    inside = [] if language_config(config) is config else ["text_config"]
+    return patch_json(text, changes, inside=inside, name="config.json")
 
 
 def _save_quietly(model: PreTrainedModel, folder: Path) -> None:

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 from rich.text import Text
 
 from zconvert.checkpoint.source import resolve
 from zconvert.cli import options
-from zconvert.cli.ui import err, out
+from zconvert.cli.ui import err, out, print_json
 from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, MAX_BLOCK_SIZE
 
+if TYPE_CHECKING:
+    from zconvert.checkpoint.graft import Report
+    from zconvert.checkpoint.plan import Plan
+
 _RECIPE_SUFFIXES = (".yaml", ".yml")
+_BESIDE_A_RECIPE = ("checkpoint", "token", "copy", "verify", "dry_run", "as_json")
+"""parameters that do not change what is made, only how"""
+
+
+class Verify(StrEnum):
+    """Values of --verify."""
+
+    AUTO = "auto"
+    BYTES = "bytes"
+    LOGITS = "logits"
+    NONE = "none"
 
 
 def command(
@@ -43,12 +60,24 @@ def command(
         typer.Option(metavar="1,3,5", help="Accepted counts that get a proposal block in decoding. Default: all."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of --mask-init random.")] = 0,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy unchanged weight files too, instead of linking them.")
+    ] = False,
+    verify: Annotated[
+        Verify,
+        typer.Option(help="What to look at afterwards. auto: all bytes, and where the model is small its logits."),
+    ] = Verify.AUTO,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Tell what would happen to each file; write nothing.")
+    ] = False,
+    as_json: options.Json = False,
     revision: options.Revision = None,
     token: options.Token = None,
 ) -> None:
     """Make a block-diffusion checkpoint of an autoregressive one: mask token and settings, no training yet.
 
-    No model is built: bytes and JSON are patched, so that the result is as the source in everything else.
+    No model is built: bytes and JSON are patched, so that the result is as the source in everything else. Weight files
+    that do not change are linked, not copied.
     """
     wanted: str | int | None = int(mask_token) if mask_token is not None and mask_token.isdecimal() else mask_token
     counts = options.accepted_counts(proposals, block_size)
@@ -64,24 +93,91 @@ def command(
         counts = None if recipe.diffusion.proposals is None else tuple(recipe.diffusion.proposals)
     if output is None:
         raise typer.BadParameter("missing, say which folder to write", param_hint="--out")
-    from zconvert.checkpoint.graft import convert_init
+    from zconvert.checkpoint.folder import refuse_existing
+    from zconvert.checkpoint.graft import carry_out
+    from zconvert.checkpoint.plan import Choices, plan_conversion
+    from zconvert.checkpoint.verdict import require_convertible
 
-    with err.status(Text(f"Converting {name} …")):
-        source = resolve(name, revision=revision, token=token)
-        settings = convert_init(
-            source,
-            output,
-            block_size=block_size,
-            mask_token=wanted,
-            mask_init=mask_init,
-            seed=seed,
-            proposals=counts,
+    choices = Choices(block_size, wanted, mask_init, seed, counts)
+    refuse_existing(output)  # before anything is fetched, and so are checkpoints that cannot be converted
+    with err.status(Text(f"Reading {name} …")) as status:
+        source = resolve(
+            name,
+            revision=revision,
+            token=token,
+            weights=not dry_run,
+            on_progress=lambda done, total: status.update(Text(f"Fetching {name}: {_size(done)} of {_size(total)} …")),
+            accept=lambda config, headers: require_convertible(name, config, headers),
         )
-    origin = settings.mask_token_source.replace("_", " ")
-    out.print(Text(f"Wrote {output}"), soft_wrap=True)
-    out.print(Text(f"  block size  {settings.block_size}"))
-    out.print(Text(f"  mask token  {settings.mask_token} (id {settings.mask_token_id}, {origin}; {mask_init})"))
-    out.print(Text.assemble(("Next: ", "bold"), "zconvert midtrain RECIPE.yaml, with base_model: ", str(output)))
+        plan = plan_conversion(source, output, choices, copy=copy)
+        if not dry_run:
+            report = carry_out(plan, level=verify.value, on_step=lambda step: status.update(Text(f"{step} …")))
+    if as_json:
+        print_json({**(plan if dry_run else report).to_dict(), "dry_run": dry_run})
+    elif dry_run:
+        _show_plan(plan)
+    else:
+        _show(report)
+
+
+def _show_plan(plan: Plan) -> None:
+    document = plan.to_dict()
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("File", overflow="fold")
+    table.add_column("What happens", no_wrap=True)
+    table.add_column("Size", justify="right", no_wrap=True)
+    table.add_column("Written", justify="right", no_wrap=True)
+    for step in plan.steps:
+        style = "dim" if step.action == "link" else ""
+        cells = (step.name, step.action, _size(step.bytes), _size(step.written) if step.written else "-")
+        table.add_row(*(Text(cell) for cell in cells), style=style)
+    out.print(table)
+    free = "" if document["bytes_free"] is None else f"; {_size(document['bytes_free'])} are free there"
+    out.print()
+    out.print(Text(f"Would write {_size(document['bytes_written'])} to {plan.out}{free}"), soft_wrap=True)
+    out.print(_choices(plan))
+
+
+def _show(report: Report) -> None:
+    plan = report.plan
+    out.print(Text(f"Wrote {plan.out}"), soft_wrap=True)
+    out.print(_choices(plan))
+    out.print(Text(f"  written     {_written(plan)}"))
+    for number, line in enumerate(_verified(report)):
+        out.print(Text(f"  {'' if number else 'verified':<10}  {line}"))
+    out.print(Text.assemble(("Next: ", "bold"), "zconvert midtrain RECIPE.yaml, with base_model: ", str(plan.out)))
+
+
+def _choices(plan: Plan) -> Text:
+    mask = f"{plan.mask.text} (id {plan.mask.id}, {plan.mask.source.replace('_', ' ')}; {plan.choices.mask_init})"
+    return Text(f"  block size  {plan.settings.block_size}\n  mask token  {mask}")
+
+
+def _written(plan: Plan) -> str:
+    document = plan.to_dict()
+    linked = [step for step in plan.steps if step.action in ("link", "reflink")]
+    shared = f"; {len(linked)} linked, {_size(sum(step.bytes for step in linked))}" if linked else ""
+    return f"{_size(document['bytes_written'])} in {len(plan.steps) - len(linked)} files{shared}"
+
+
+def _verified(report: Report) -> list[str]:
+    verified = report.verified
+    if verified.level == "none":
+        return ["nothing but names, types and shapes"]
+    lines = [f"{_size(verified.bytes_compared)} equal the source's; tokenizer and configuration agree"]
+    if verified.logits_difference is not None:
+        same = f"largest difference {verified.logits_difference:.1g}" if verified.logits_difference else "the same"
+        lines.append(f"logits on {verified.logits_compared} tokens: {same}")
+    elif verified.logits_skipped is not None:
+        lines.append(f"logits not compared, {verified.logits_skipped}")
+    return lines
+
+
+def _size(count: int) -> str:
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count} bytes"
 
 
 def _refuse_options_beside_a_recipe(context: typer.Context) -> None:
@@ -89,7 +185,7 @@ def _refuse_options_beside_a_recipe(context: typer.Context) -> None:
     given = [
         name
         for name in context.params
-        if name not in ("checkpoint", "token")
+        if name not in _BESIDE_A_RECIPE
         and str(getattr(context.get_parameter_source(name), "name", "")) == "COMMANDLINE"
     ]
     if given:

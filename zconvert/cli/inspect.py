@@ -17,6 +17,24 @@ _MASK_SOURCES = {
     "spare_row": "a spare embedding row",
     "grown": "needs new embedding rows",
 }
+_ATTENTION = {
+    "mha": "multi-head",
+    "gqa": "grouped queries",
+    "mqa": "one key-value head",
+    "mla": "latent (MLA)",
+    "cca": "compressed convolutional (CCA)",
+}
+_CACHES = {
+    "full_kv": "all keys and values",
+    "sliding_kv": "keys and values of the last {window} tokens",
+    "chunked_kv": "keys and values of a chunk of {window} tokens",
+    "compressed_kv": "compressed keys and values",
+    "mla_latent": "latents (MLA)",
+    "cca_state": "the convolutions' state (CCA)",
+    "conv_state": "the convolutions' state",
+    "recurrent_state": "a recurrent state",
+}
+_MOST_SHARDS = 4
 
 
 def command(
@@ -65,54 +83,113 @@ def _verdict(document: dict[str, Any]) -> Text:
 
 
 def _rows(document: dict[str, Any]) -> list[tuple[str, str]]:
-    counts, rows = document["parameters"], []
+    rows = []
     architectures = document["architectures"]
     known_as = f" ({', '.join(map(str, architectures))})" if isinstance(architectures, list) and architectures else ""
-    rows.append(("Model", f"{_or_unknown(document['model_type'])}{known_as}"))
-    rows.append(
-        (
-            "Parameters",
-            f"{_count(counts['total'])}; active for a token {_count(counts['active'])}, "
-            f"{_count(counts['active_without_embeddings'])} without embeddings",
-        )
-    )
+    dense = ", dense" if document["kind"] == "dense" else ""
+    rows.append(("Model", f"{_or_unknown(document['model_type'])}{known_as}{dense}"))
+    rows.append(("Parameters", _parameters(document["parameters"])))
     types = document["layer_types"] or {}
     rows.append(("Layers", f"{_or_unknown(document['layers'])}: {_joined(types) or 'of unknown types'}"))
-    experts = document["experts"]
-    routed = f"{experts['num']} a layer, {_or_unknown(experts['per_token'])} for a token" if experts else "none: dense"
-    rows.append(("Experts", routed))
-    attention = document["attention"]
-    window = attention["sliding_window"]
-    rows.append(
-        (
-            "Attention",
-            f"{_or_unknown(attention['heads'])} heads of {_or_unknown(attention['head_dim'])}, "
-            f"{_or_unknown(attention['kv_heads'])} for keys and values"
-            + (f"; sliding window of {window:,} tokens" if window else ""),
-        )
-    )
+    rows.append(("Experts", _experts(document["experts"])))
+    rows += [("Router", _router(document["router"]))] if document["router"] else []
+    rows.append(("Attention", _attention(document["attention"])))
+    rows += [("Cache", "\n".join(map(_cache, document["cache"])))] if document["cache"] else []
     context = document["context_length"]
     rows.append(("Context", f"{context:,} tokens" if context else "unknown"))
     rows += [("RoPE", _rope(document["rope"]))] if document["rope"] else []
-    vocabulary = document["vocabulary"]
-    rows.append(
-        (
-            "Vocabulary",
-            f"{_number(vocabulary['tokens'])} tokens in {_number(vocabulary['rows'])} embedding rows "
-            f"({_number(vocabulary['spare_rows'])} spare), "
-            f"{'tied to the head' if document['tied_embeddings'] else 'head of its own'}",
-        )
-    )
+    rows.append(("Vocabulary", _vocabulary(document["vocabulary"], document["tied_embeddings"])))
     mask = document["mask_token"]
     if mask:
         rows.append(("Mask token", f"{mask['text']}, id {mask['id']}: {_MASK_SOURCES.get(mask['source'], '')}"))
     if document["tidar"]:
         rows.append(("TiDAR", _settings(document["tidar"])))
-    shards = document["shards"]
-    size = _size(sum(shard["bytes"] for shard in shards))
-    kinds = ", ".join(f"{dtype} {_size(kind['bytes'])}" for dtype, kind in document["dtypes"].items())
-    rows.append(("Weights", f"{size} in {len(shards)} {'file' if len(shards) == 1 else 'files'}: {kinds}"))
+    rows.append(("Weights", _weights(document)))
+    if document["quantisation"]:
+        packed = document["quantisation"]
+        bits = f" in {packed['bits']} bits" if packed["bits"] else ""
+        rows.append(("Quantised", f"{packed['method']}{bits}, {packed['tensors']:,} packed tensors"))
+    rows += [("Index", _index(document["index"]))] if document["index"] else []
     return rows
+
+
+def _parameters(counts: dict[str, int | None]) -> str:
+    if counts["total"] is None:
+        return "unknown, as weights are missing"
+    active = "" if counts["active"] == counts["total"] else f"; active for a token {_count(counts['active'])}"
+    return f"{_count(counts['total'])}{active}, {_count(counts['active_without_embeddings'])} without embeddings"
+
+
+def _vocabulary(vocabulary: dict[str, int | None], tied: bool) -> str:
+    rows = f"{_number(vocabulary['rows'])} embedding rows"
+    if vocabulary["tokens"] is not None and vocabulary["rows"] is not None:
+        rows = f"{_number(vocabulary['tokens'])} tokens in {rows} ({_number(vocabulary['spare_rows'])} spare)"
+    return f"{rows}, {'tied to the head' if tied else 'head of its own'}"
+
+
+def _experts(experts: dict[str, int | None] | None) -> str:
+    if experts is None:
+        return "none: dense"
+    text = f"{experts['num']} a layer, {_or_unknown(experts['per_token'])} for a token"
+    text += f", {experts['shared']} shared" if experts["shared"] else ""
+    dense = experts["dense_layers"]
+    return text + (f"; {dense} {'layer' if dense == 1 else 'layers'} without" if dense else "")
+
+
+def _router(router: dict[str, Any]) -> str:
+    parts = [_or_unknown(router["scoring"])]
+    if (router["groups"] or 1) > 1:
+        parts.append(f"{_or_unknown(router['groups_per_token'])} of {router['groups']} groups")
+    parts += [f"aux loss {router['aux_loss']:g}"] if router["aux_loss"] else []
+    parts += [f"scaling {router['scaling']:g}"] if router["scaling"] not in (None, 1) else []
+    parts += ["balancing bias"] if router["balancing_bias"] else []
+    return ", ".join(parts)
+
+
+def _attention(attention: dict[str, Any]) -> str:
+    if attention["heads"] is None:
+        return "unknown"
+    kind = f"{_ATTENTION.get(attention['kind'], attention['kind'])}: " if attention["kind"] else ""
+    text = f"{kind}{attention['heads']} heads of {_or_unknown(attention['head_dim'])}"
+    if attention["kind"] != "mla":
+        text += f", {_or_unknown(attention['kv_heads'])} for keys and values"
+    for name, phrase in (
+        ("sliding_window", "sliding window of {:,} tokens"),
+        ("chunk", "chunks of {:,} tokens"),
+        ("indexer_top_k", "an indexer picks {:,} tokens"),
+    ):
+        text += f"; {phrase.format(attention[name])}" if attention[name] else ""
+    return text + ("; sinks" if attention["sinks"] else "")
+
+
+def _cache(entry: dict[str, Any]) -> str:
+    window = f"{entry['window']:,}" if entry["window"] else "?"
+    what = _CACHES[entry["kind"]].format(window=window) if entry["kind"] in _CACHES else entry["kind"]
+    many = "layer" if entry["layers"] == 1 else "layers"
+    unit = "" if entry["kind"].endswith("_state") else " a token"
+    return f"{entry['layers']} {many}: {what}" + (f", {entry['width']:,} numbers{unit}" if entry["width"] else "")
+
+
+def _weights(document: dict[str, Any]) -> str:
+    shards = document["shards"]
+    if not shards:
+        return "none that can be read"
+    kinds = ", ".join(f"{dtype} {_size(kind['bytes'])}" for dtype, kind in document["dtypes"].items())
+    total = _size(sum(shard["bytes"] for shard in shards))
+    lines = [f"{total} in {len(shards)} {'file' if len(shards) == 1 else 'files'}: {kinds}"]
+    if len(shards) > 1:
+        lines += [f"{shard['name']}  {_size(shard['bytes'])}" for shard in shards[:_MOST_SHARDS]]
+        more = shards[_MOST_SHARDS:]
+        lines += [f"… and {len(more)} more, {_size(sum(shard['bytes'] for shard in more))}"] if more else []
+    return "\n".join(lines)
+
+
+def _index(index: dict[str, Any]) -> str:
+    if not index["missing"] and not index["extra"]:
+        return "agrees with the shards"
+    parts = [f"{index['missing']:,} tensors missing, {index['extra']:,} extra, such as {', '.join(index['examples'])}"]
+    parts += [f"missing: {', '.join(index['missing_shards'])}"] if index["missing_shards"] else []
+    return "\n".join(parts)
 
 
 def _settings(settings: dict[str, Any]) -> str:

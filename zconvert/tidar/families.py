@@ -99,6 +99,9 @@ FAMILIES = {
     **_rows("lfm2", masks="layer_type", mixing="lfm2", dense=True),
 }
 
+COMPOSITES = ("aria", "gemma3", "gemma4", "llama4", "mistral3")
+"""models of text and images of which the text model is converted and the rest left as it is"""
+
 _RECURRENT = "a recurrent state runs over the whole row, so mask tokens would read every clean token"
 _RECURRENT_LAYERS = ("mamba", "mamba2", "linear_attention", "recurrent", "kda", "gated_deltanet")
 REFUSED = {
@@ -142,8 +145,8 @@ def judge(config: dict[str, Any]) -> Verdict:
     model_type = found if isinstance(found, str) else ""  # JSON may hold anything there
     if model_type in REFUSED:
         return Verdict(None, REFUSED[model_type])
-    if isinstance(config.get("text_config"), dict) and model_type not in FAMILIES:
-        return Verdict(None, _composite(config))
+    if language_config(config) is not config:
+        return _judge_composite(model_type, language_config(config))
     family = FAMILIES.get(model_type)
     layer_types = config.get("layer_types") or config.get("layers_block_type") or []
     if not isinstance(layer_types, list) or not all(isinstance(kind, str) for kind in layer_types):
@@ -166,12 +169,24 @@ def judge(config: dict[str, Any]) -> Verdict:
     return Verdict(family)
 
 
-def _composite(config: dict[str, Any]) -> str:
-    """Why a model of text and images (or sound) is refused as it is: by its text model."""
-    inner = judge(config["text_config"])
-    if inner.supported:
-        return (
-            "it is a composite model (text with images or sound), and only its text model can be converted: save that "
-            "as a checkpoint of its own first"
+def language_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a `config.json` that describes the language model; our settings stand there too.
+
+    >>> language_config({"model_type": "gemma4", "text_config": {"model_type": "gemma4_text"}})
+    {'model_type': 'gemma4_text'}
+    """
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) and config.get("model_type") not in FAMILIES else config
+
+
+def _judge_composite(model_type: str, text_config: dict[str, Any]) -> Verdict:
+    inner = judge(text_config)
+    if inner.family is None:
+        return Verdict(None, f"of its text model: {inner.reason}")
+    if model_type not in COMPOSITES:
+        return Verdict(
+            None,
+            f"model_type {model_type!r} has a supported text model ({inner.family.model_type}), but is not among the "
+            f"composite models that were tested ({', '.join(COMPOSITES)})",
         )
-    return f"it is a composite model, and of its text model: {inner.reason}"
+    return inner

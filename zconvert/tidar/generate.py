@@ -158,7 +158,7 @@ def settings_of(model: Any) -> TidarSettings:
     Raises:
         ValueError: its config has no `tidar` section, or one that cannot be used.
     """
-    section = getattr(model.config, "tidar", None)
+    section = getattr(model.config.get_text_config(), "tidar", None)
     if not isinstance(section, dict):
         raise ValueError("the model's config has no tidar section: it was not loaded from a converted checkpoint")
     return TidarSettings.from_dict(section)

@@ -11,6 +11,7 @@ from typing import Any
 from .families import Family
 from .positions import InklingAttention, Llama4Attention
 from .short_conv import InklingConv, Lfm2Conv
+from .sinks import graft_sinks
 
 _BEFORE = {
     "Lfm2ShortConv": Lfm2Conv,
@@ -34,8 +35,6 @@ def graft(model: Any, family: Family) -> None:
 
         graft_cca(model)
     if family.sinks:
-        from .sinks import graft_sinks
-
         graft_sinks(model)
     for module in model.modules():
         before = _BEFORE.get(type(module).__name__)

@@ -12,8 +12,10 @@ from .families import Family, judge
 from .grafts import graft
 from .layout import Layout, with_committed
 from .masks import attention_masks
-from .positions import ARGUMENT, Positions
+from .positions import ARGUMENT as POSITIONS
+from .positions import Positions
 from .predecessors import predecessors_of
+from .sinks import ARGUMENT as IN_LAYOUT
 
 
 class LayoutModel:
@@ -26,7 +28,7 @@ class LayoutModel:
         """Grafts what the model's family needs, in place.
 
         Args:
-            model: a `…ForCausalLM` of a family in the family table.
+            model: a `…ForCausalLM` of a family in the family table, or a composite model around one.
 
         Raises:
             ValueError: the family cannot work; the message says why.
@@ -37,7 +39,11 @@ class LayoutModel:
         self.model = model
         self.family: Family = verdict.family
         decoder = model.get_decoder()
-        self._decoder = model.model if decoder is model else decoder  # Llama 4's says that it is its own decoder
+        if hasattr(decoder, "lm_head"):  # Llama 4 has its causal language model for a decoder
+            self._head, self._decoder = decoder.lm_head, decoder.model
+        else:
+            self._head, self._decoder = model.lm_head, decoder
+        self.config = self._decoder.config
         graft(model, self.family)
 
     def hidden_states(self, input_ids: Tensor, layout: Layout, cache: TidarCache | None = None) -> Tensor:
@@ -53,13 +59,16 @@ class LayoutModel:
         """
         committed = cache.committed if cache is not None else 0
         key = with_committed(layout, committed) if committed else layout
-        config = self.model.config
-        masks = attention_masks(self.family, config, layout, key, self.model.dtype)
+        masks = attention_masks(self.family, self.config, layout, key, self.model.dtype)
         if self.family.mixing != "attention":
-            name, past = _convolution_past(self.family, config)
+            name, past = _convolution_past(self.family, self.config)
             assert isinstance(masks, dict)
             masks[name] = predecessors_of(layout, past, cache)
-        options = {ARGUMENT: Positions(layout.position_ids, key.position_ids)} if self.family.positions else {}
+        options: dict[str, Any] = {}
+        if self.family.positions:
+            options[POSITIONS] = Positions(layout.position_ids, key.position_ids)
+        if self.family.sinks:
+            options[IN_LAYOUT] = True
         outputs = self._decoder(
             input_ids=input_ids,
             attention_mask=masks,
@@ -72,10 +81,10 @@ class LayoutModel:
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """(…, hidden) -> (…, vocabulary) float32, as the model's own forward makes them."""
-        config, head = self.model.config, self.family.head
+        config, head = self.config, self.family.head
         if head == "inkling":
             hidden_states = hidden_states / config.logits_mup_width_multiplier
-        logits = self.model.lm_head(hidden_states).float()
+        logits = self._head(hidden_states).float()
         if head == "logits_scaling":
             return logits / config.logits_scaling
         if head == "logit_scale":

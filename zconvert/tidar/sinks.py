@@ -2,6 +2,7 @@
 
 A sink is a learnt logit a head that takes part in the softmax and then adds nothing. The stock code knows it in eager
 attention only; as an additional zero key and value it goes through SDPA, where the mask's column carries the logit.
+Forwards over layouts ask for this; in any other the model attends as it always did, bit for bit.
 
     keys:  k0 k1 k2 | sink
     q0      0 -∞ -∞ |  s
@@ -10,6 +11,7 @@ attention only; as an additional zero key and value it goes through SDPA, where 
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -17,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask
 
 NAME = "sdpa_sinks"
+ARGUMENT = "in_layout"
 
 
 def sdpa_with_sinks(
@@ -31,8 +34,8 @@ def sdpa_with_sinks(
     dropout: float = 0.0,
     scaling: float | None = None,
     s_aux: Tensor | None = None,
-    **_options: Any,
-) -> tuple[Tensor, None]:
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
     """An attention function of transformers.
 
     Args:
@@ -40,18 +43,22 @@ def sdpa_with_sinks(
         query: (R, heads, N, width).
         key: (R, key heads, K, width).
         value: (R, key heads, K, value width).
-        attention_mask: (R, 1, N, K), boolean or additive; None: plain causal.
+        attention_mask: (R, 1, N, K), additive; None hides nothing.
         dropout: of the attention weights.
         scaling: of the scores; None for 1 / sqrt(width).
         s_aux: (heads,) the sinks' logits; None for a layer without.
+        **options: `in_layout`, true in a forward over a layout; what else the layer hands its stock attention.
 
     Returns:
         (R, N, heads, value width), and None in place of the weights.
     """
+    if not options.pop(ARGUMENT, False):
+        options |= {"scaling": scaling, "dropout": dropout, "s_aux": s_aux}
+        return _stock(module)(module, query, key, value, attention_mask, **options)
     rows, heads, length = query.shape[:3]
     groups = heads // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    bias = _additive(attention_mask, query, key.shape[2])
+    bias = query.new_zeros(1, 1, 1, key.shape[2]) if attention_mask is None else attention_mask
     if s_aux is not None:
         key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
         sinks = s_aux.to(query.dtype).view(1, heads, 1, 1).expand(rows, heads, length, 1)
@@ -60,20 +67,19 @@ def sdpa_with_sinks(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _additive(attention_mask: Tensor | None, query: Tensor, keys: int) -> Tensor:
-    """(R or 1, 1, N, K) in the query's dtype."""
-    if attention_mask is None:
-        length = query.shape[2]
-        attention_mask = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril(keys - length)[None, None]
-    if attention_mask.dtype != torch.bool:
-        return attention_mask.to(query.dtype)
-    lowest = torch.finfo(query.dtype).min
-    return torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, lowest)
+def _stock(module: Any) -> Any:
+    """The eager attention of the layer's own modelling code."""
+    for kind in type(module).__mro__:
+        function = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise AssertionError(f"{type(module).__name__} has no eager attention")
 
 
 def graft_sinks(model: Any) -> None:
     """Has a model with sinks attend by SDPA, unless somebody chose another implementation than the default."""
     AttentionInterface.register(NAME, sdpa_with_sinks)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    if model.config._attn_implementation == "eager":
-        model.config._attn_implementation = NAME
+    AttentionMaskInterface.register(NAME, eager_mask)
+    config = model.config.get_text_config()
+    if config._attn_implementation == "eager":
+        config._attn_implementation = NAME

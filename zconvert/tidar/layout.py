@@ -43,6 +43,12 @@ class Layout:
         return self.block_ids != CLEAN
 
     @property
+    def first_slot(self) -> int | None:
+        """The column where the mask slots begin, which stand behind all clean tokens; None where there are none."""
+        clean = int((self.block_ids[0] == CLEAN).sum())
+        return clean if clean < self.num_tokens else None
+
+    @property
     def num_tokens(self) -> int:
         """N, tokens in a row."""
         return self.position_ids.shape[1]

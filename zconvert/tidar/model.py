@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .cache import TidarCache
 from .families import Family, judge
+from .gated import GatedParts, GatedWeights
 from .grafts import graft
 from .layout import Layout, with_committed
 from .masks import attention_masks
@@ -44,7 +45,22 @@ class LayoutModel:
         else:
             self._head, self._decoder = model.lm_head, decoder
         self.config = self._decoder.config
+        self.gated: GatedWeights | None = None
         graft(model, self.family)
+
+    def add_gated(self, parts: GatedParts, mask_token_id: int) -> GatedWeights:
+        """Adds weights that act at mask slots only; at clean tokens the model stays what it is.
+
+        Args:
+            parts: which there shall be.
+            mask_token_id: whose embedding mask slots start from.
+
+        Returns:
+            the weights, to load or to train; new ones train from the source's own behaviour.
+        """
+        assert self.gated is None, "gated weights are added once"
+        self.gated = GatedWeights(self._decoder, self._decoder.get_input_embeddings(), parts, mask_token_id)
+        return self.gated
 
     def hidden_states(self, input_ids: Tensor, layout: Layout, cache: TidarCache | None = None) -> Tensor:
         """One forward of the decoder, without the head.
@@ -69,14 +85,20 @@ class LayoutModel:
             options[POSITIONS] = Positions(layout.position_ids, key.position_ids)
         if self.family.sinks:
             options[IN_LAYOUT] = True
-        outputs = self._decoder(
-            input_ids=input_ids,
-            attention_mask=masks,
-            position_ids=layout.position_ids,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            **options,
-        )
+        if self.gated is not None:
+            self.gated.gate.first = layout.first_slot
+        try:
+            outputs = self._decoder(
+                input_ids=input_ids,
+                attention_mask=masks,
+                position_ids=layout.position_ids,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                **options,
+            )
+        finally:
+            if self.gated is not None:
+                self.gated.gate.first = None
         return outputs.last_hidden_state
 
     def logits(self, hidden_states: Tensor) -> Tensor:

@@ -1,0 +1,128 @@
+"""Gated weights: mask slots feel them, clean tokens never do."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.contracts import checks
+from tests.contracts.checks import BLOCK, ROWS, TOLERANCE
+from tests.contracts.families import FAMILY_MODELS, family_pair
+from tests.contracts.models import MASK, Pair, random_ids
+from tests.contracts.reference import causal_logits
+from zconvert.tidar.cache import TidarCache
+from zconvert.tidar.gated import GatedParts
+from zconvert.tidar.layout import decode_layout, packed_layout
+from zconvert.tidar.model import LayoutModel
+
+ROW = ROWS["offset 3 in several documents"]
+ONE = ROWS["one document"]
+
+
+def gated_pair(model_type: str, mlp: Any = "replace", trained: bool = True) -> Pair:
+    """The untouched model beside one with gated weights, as they could be after some training."""
+    plain = family_pair(model_type).plain
+    layout = LayoutModel(deepcopy(plain))
+    weights = layout.add_gated(GatedParts(rank=2, mlp=mlp, mlp_width=8), MASK)
+    if trained:
+        torch.manual_seed(5)
+        with torch.no_grad():
+            for parameter in weights.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return Pair(model_type, plain, layout)
+
+
+def slot_logits(layout: LayoutModel, ids: Tensor) -> Tensor:
+    """(T,) -> (T, V): logits of the mask slots of a packed row of one document."""
+    row = torch.cat([ids, torch.full_like(ids, MASK)])[None]
+    places = packed_layout(torch.zeros(1, len(ids), dtype=torch.long), BLOCK)
+    return layout.logits(layout.hidden_states(row, places))[0, len(ids) :]
+
+
+def block_logits(layout: LayoutModel, prefix: Tensor, cache: TidarCache | None = None, committed: int = 0) -> Tensor:
+    """(B, V): logits of a block of mask slots after a prefix, of which `committed` tokens are in the cache."""
+    new = prefix[committed:]
+    places = decode_layout(committed, len(new), (len(new),), BLOCK)
+    ids = torch.cat([new, torch.full((BLOCK,), MASK)])[None]
+    return layout.logits(layout.hidden_states(ids, places, cache))[0, len(new) :]
+
+
+@pytest.mark.parametrize("model_type", list(FAMILY_MODELS))
+@torch.no_grad()
+def test_every_family_keeps_its_ar_path_bit_for_bit_and_its_contracts(model_type: str) -> None:
+    pair = gated_pair(model_type)
+    model, ids = pair.layout.model, random_ids((24,), seed=1)
+    assert list(model.state_dict()) == list(pair.plain.state_dict()), "the source's weights and names stay as they are"
+    expected = causal_logits(pair.plain, ids)
+    assert torch.equal(model(input_ids=ids[None], use_cache=False).logits[0], expected)
+    assert checks.clean_logits_differ(pair, ROW) < TOLERANCE
+    assert checks.clean_logits_see_mask_slots(family_pair(model_type), ROW) < TOLERANCE
+    assert checks.labels_leak(pair, ROW) < TOLERANCE
+
+    # Mask slots: the packed row, a block alone and cached decoding are of one mind, and another than the source's.
+    packed = slot_logits(pair.layout, ids)
+    source = slot_logits(family_pair(model_type).layout, ids)
+    assert float((packed - source).abs().max()) > 0.1
+    cache = TidarCache()
+    for start in (4, 8, 16):
+        alone = block_logits(pair.layout, ids[:start])
+        cached = block_logits(pair.layout, ids[:start], cache, cache.committed)
+        cache.commit(start - cache.committed)
+        for logits in (alone, cached):
+            assert float((logits - packed[start : start + BLOCK]).abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "zaya", "deepseek_v3", "gpt_oss"])
+@torch.no_grad()
+def test_added_parts_start_as_the_source(model_type: str) -> None:
+    pair = gated_pair(model_type, mlp="add", trained=False)
+    ids = random_ids((24,), seed=1)
+    assert torch.equal(slot_logits(pair.layout, ids), slot_logits(family_pair(model_type).layout, ids))
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "zaya", "deepseek_v3", "gpt_oss", "llama4_text"])
+@torch.no_grad()
+def test_replaced_no_routed_expert_and_no_router_sees_a_mask_slot(model_type: str) -> None:
+    def numbers_seen(layout: LayoutModel, run: Any) -> dict[str, int]:
+        """How many numbers every router and every set of experts gets."""
+        seen: dict[str, int] = {}
+        for name, module in layout.model.named_modules():
+            if name.rsplit(".", 1)[-1] in ("experts", "gate", "router"):
+                module.register_forward_hook(lambda _m, inputs, _o, n=name: seen.update({n: inputs[0].numel()}))
+        run()
+        return seen
+
+    ids = random_ids((24,), seed=1)
+    source = deepcopy(family_pair(model_type).layout)
+    causal = decode_layout(0, len(ids), (), BLOCK)
+    expected = numbers_seen(source, lambda: source.hidden_states(ids[None], causal))
+    assert expected, "there must be routers and experts to watch"
+    replaced, added = gated_pair(model_type, "replace").layout, gated_pair(model_type, "add").layout
+    assert numbers_seen(replaced, lambda: slot_logits(replaced, ids)) == expected
+    twice = {name: 2 * count for name, count in expected.items()}
+    assert numbers_seen(added, lambda: slot_logits(added, ids)) == twice
+
+
+def test_gradients_reach_every_gated_weight_and_no_other() -> None:
+    pair = gated_pair("zaya")
+    assert pair.layout.gated is not None
+    pair.layout.model.requires_grad_(False)
+    ids = random_ids((24,), seed=1)
+    torch.nn.functional.cross_entropy(slot_logits(pair.layout, ids), ids).backward()
+    assert all(float(p.grad.abs().sum()) > 0 for p in pair.layout.gated.parameters() if p.grad is not None)
+    missing = [name for name, p in pair.layout.gated.named_parameters() if p.grad is None]
+    assert not missing
+    assert all(p.grad is None for p in pair.layout.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [({"rank": -1}, "rank is -1"), ({"mlp": "both"}, "mlp is 'both'"), ({"mlp_width": 0}, "mlp_width is 0")],
+)
+def test_parts_that_cannot_be_are_refused(parts: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GatedParts(**parts)

@@ -1,0 +1,217 @@
+"""Weights that act at mask slots only, so that the source model stays what it is at every other token.
+
+Mask slots stand behind the clean tokens in every row: in a training row `[x_0 … x_{T-1} | m_0 … m_{T-1}]`, and in a
+decoding forward `[next token, drafts | blocks of slots]`. So a gate is where the slots begin, and gating is slicing:
+
+    y = W h                        at clean tokens, exactly the source's
+    y = W h + B A h                at mask slots: projections of attention (low rank)
+    y = MoE(h) + E(h), or E(h)     at mask slots: the diffusion expert E is added to the routed ones or replaces them
+
+Clean tokens never see mask slots, so nothing of this reaches them. The weights live in a module of their own, outside
+of the source model: its state dict, its names and its bytes stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Mlp = Literal["none", "add", "replace"]
+
+
+@dataclass(frozen=True)
+class GatedParts:
+    """Which parts there are, and how large."""
+
+    rank: int = 16
+    """of the low-rank updates of attention projections; 0: none"""
+    mlp: Mlp = "replace"
+    """what the diffusion expert does at a mixture-of-experts block; at a dense MLP it is always added"""
+    mlp_width: int = 128
+    """of the diffusion expert"""
+    mask_embedding: bool = True
+    """mask slots have an embedding of their own instead of the mask token's row"""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"rank is {self.rank}, expected 0 (none) or more")
+        if self.mlp not in ("none", "add", "replace"):
+            raise ValueError(f"mlp is {self.mlp!r}, expected none, add or replace")
+        if self.mlp != "none" and self.mlp_width < 1:
+            raise ValueError(f"mlp_width is {self.mlp_width}, expected at least 1")
+
+
+class Gate:
+    """Where the mask slots of the forward that runs begin; None: there are none, and every layer is the stock one."""
+
+    first: int | None = None
+
+
+class LowRank(nn.Module):
+    """B A h; B starts at zero, so that the converted model starts as the source."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int) -> None:
+        """Makes (rank, inputs) and (outputs, rank) matrices."""
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(rank, inputs))
+        self.up = nn.Parameter(torch.zeros(outputs, rank))
+        nn.init.normal_(self.down, std=inputs**-0.5)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(…, inputs) -> (…, outputs)."""
+        return F.linear(F.linear(hidden, self.down.to(hidden.dtype)), self.up.to(hidden.dtype))
+
+
+class DiffusionExpert(nn.Module):
+    """A small shared SwiGLU that all mask slots of a layer go through; its output starts at zero."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        """Makes an expert of `hidden` units over states of `width`."""
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(2 * hidden, width))
+        self.down = nn.Parameter(torch.zeros(width, hidden))
+        nn.init.normal_(self.gate_up, std=width**-0.5)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(…, width) -> (…, width)."""
+        gate, up = F.linear(states, self.gate_up.to(states.dtype)).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.down.to(states.dtype))
+
+
+class _GatedLinear:
+    """Before `nn.Linear`."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        stock: Any = super()
+        out = stock.forward(hidden)
+        gate, extra = self.__dict__["gated"]
+        # Projections that do not run over the row's tokens (a boundary's, say) have nothing at the gate.
+        if gate.first is None or hidden.dim() != 3 or hidden.shape[1] <= gate.first:
+            return out
+        slots = out[:, gate.first :] + extra(hidden[:, gate.first :])
+        return torch.cat([out[:, : gate.first], slots], dim=1)
+
+
+class _GatedMlp:
+    """Before the MLP or the mixture-of-experts block of a layer."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        stock: Any = super()
+        gate, extra = self.__dict__["gated"]
+        first = gate.first
+        if first is None:
+            return stock.forward(*args, **kwargs)
+        mode = self.__dict__["gated_mode"]
+        hidden, *rest = args or [kwargs.pop("hidden_states")]
+        # Replaced, no slot goes near the router: the block runs on the clean tokens alone.
+        block = hidden[:, :first].contiguous() if mode == "replace" else hidden
+        result = stock.forward(block, *rest, **kwargs)
+        out = (result[0] if isinstance(result, tuple) else result).view(block.shape)
+        slots = extra(hidden[:, first:])
+        if mode == "add":
+            slots = out[:, first:] + slots
+        out = torch.cat([out[:, :first], slots], dim=1)
+        return (out, *result[1:]) if isinstance(result, tuple) else out
+
+
+class _GatedEmbedding:
+    """Before the input embedding."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        stock: Any = super()
+        out = stock.forward(input_ids)
+        gate, extra = self.__dict__["gated"]
+        if gate.first is None:
+            return out
+        slots = extra.to(out.dtype).expand(out.shape[0], out.shape[1] - gate.first, -1)
+        return torch.cat([out[:, : gate.first], slots], dim=1)
+
+
+@cache
+def _joined(before: Any, stock: Any) -> Any:
+    return type(f"Gated{stock.__name__}", (before, stock), {"__module__": __name__})
+
+
+class GatedWeights(nn.Module):
+    """All gated weights of a model, by the name of the module that they go with."""
+
+    def __init__(self, decoder: Any, embedding: Any, parts: GatedParts, mask_token_id: int) -> None:
+        """Makes the weights for a decoder and grafts them in place.
+
+        At first they change nothing, but for `replace`, where mask slots get nothing from the routed experts.
+
+        Args:
+            decoder: of a transformers model.
+            embedding: its input embedding.
+            parts: which there shall be.
+            mask_token_id: whose row the mask embedding starts from.
+        """
+        super().__init__()
+        self.parts = parts
+        self.gate = Gate()
+        self.modules_by_name = nn.ModuleDict()
+        for name, module, kind in _places(decoder, parts):
+            if kind == "linear":
+                extra: nn.Module = LowRank(module.in_features, module.out_features, parts.rank)
+                self._graft(module, _GatedLinear, extra)
+            else:
+                extra = DiffusionExpert(embedding.weight.shape[1], parts.mlp_width)
+                self._graft(module, _GatedMlp, extra)
+                module.__dict__["gated_mode"] = kind
+            self.modules_by_name[name.replace(".", "/")] = extra
+        self.mask_embedding: nn.Parameter | None = None
+        if parts.mask_embedding:
+            row = embedding(torch.tensor([mask_token_id], device=embedding.weight.device))
+            self.mask_embedding = nn.Parameter(row.detach().float().clone().view(-1))
+            self._graft(embedding, _GatedEmbedding, self.mask_embedding)
+
+    def _graft(self, module: Any, before: Any, extra: Any) -> None:
+        # Into __dict__, past nn.Module's registration: the source's state dict must not grow.
+        module.__dict__["gated"] = (self.gate, extra)
+        stock: Any = type(module)
+        module.__class__ = _joined(before, stock)
+
+
+_MIXERS = ("attn", "attention", "conv")
+"""what a layer's child is called that mixes tokens"""
+_LEFT_OUT = ("kv_b_proj", "indexer", "router")
+"""projections of the cached latent, which are not of the row's tokens, and what chooses keys or experts"""
+
+
+def layers_of(decoder: Any) -> Any:
+    """The decoder's layers."""
+    return decoder.layers if hasattr(decoder, "layers") else decoder.blocks
+
+
+def _places(decoder: Any, parts: GatedParts) -> Iterator[tuple[str, Any, str]]:
+    """(name, module, kind) of everything that gets weights; kind is linear, add or replace."""
+    for number, layer in enumerate(layers_of(decoder)):
+        for child_name, child in layer.named_children():
+            if parts.rank and any(word in child_name for word in _MIXERS):
+                for name, module in child.named_modules():
+                    if isinstance(module, nn.Linear) and not any(word in name for word in _LEFT_OUT):
+                        yield f"layers.{number}.{child_name}.{name}".rstrip("."), module, "linear"
+        block = _mlp_of(layer)
+        if block is not None and parts.mlp != "none":
+            name, module, routed = block
+            yield f"layers.{number}.{name}", module, parts.mlp if routed else "add"
+
+
+def _mlp_of(layer: nn.Module) -> tuple[str, nn.Module, bool] | None:
+    """A layer's mixture-of-experts block, else its MLP: name, module, and whether it routes."""
+    children = {n: c for n, c in layer.named_children() if not any(word in n for word in _MIXERS) or n == "mlp"}
+    for name, child in children.items():
+        if name != "experts" and any(
+            inner == "experts" or inner.endswith(".experts") for inner, _ in child.named_modules()
+        ):
+            return name, child, True
+    for name in ("mlp", "feed_forward", "ffn"):
+        if name in children:
+            return name, children[name], False
+    return None

@@ -39,6 +39,7 @@ from zconvert.checkpoint.weights import write_shard
 TOKENS = 262_145
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
 _CHUNK = 16 * 1024 * 1024
+_PAUSE_S = 6
 
 
 def make(folder: Path, shard_bytes: int) -> None:
@@ -197,9 +198,14 @@ def _run(command: Sequence[str]) -> tuple[float, int, Any]:
 
 
 def _settle(cold: Sequence[Path]) -> None:
-    """Nothing is left to write, and these files are not in the page cache any more."""
+    """Nothing is left to write, and these files are not in the page cache any more.
+
+    Then a pause: a virtual machine gives freed memory back after a while, and whoever writes next pays for having it
+    again. Without the pause that is by chance one of the two that are compared, and it can double the time.
+    """
     os.sync()
     _forget(cold)
+    time.sleep(_PAUSE_S)
 
 
 def _forget(paths: Sequence[Path]) -> None:

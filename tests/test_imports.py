@@ -76,7 +76,8 @@ def test_the_shipped_package_is_flat_and_needs_only_torch_and_transformers(path:
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [str(node.module)]
             tops = {name.split(".")[0] for name in names}
-            foreign = tops - {"torch", "transformers", "__future__"} - sys.stdlib_module_names
+            shipped_with = {"torch", "transformers", "safetensors", "__future__"}  # transformers brings safetensors
+            foreign = tops - shipped_with - sys.stdlib_module_names
             assert not foreign, f"{path}:{node.lineno} imports {foreign}"
 
 

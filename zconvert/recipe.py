@@ -17,7 +17,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from zconvert.errors import UserError
 from zconvert.recipe_yaml import KeyPath, Problem, dotted, read_yaml, write_yaml
-from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, MAX_BLOCK_SIZE, check_proposals
+from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, MAX_BLOCK_SIZE, GatedParts, check_proposals
 
 _MAX_RECIPE_BYTES = 1_000_000
 
@@ -41,8 +41,24 @@ class Recipe(_Section):
     seed: CountOrZero = Field(0, lt=2**32, description="seed of everything random in the stage")
 
 
+class GatedSection(_Section):
+    """The `gated:` section of a convert-init recipe: which weights act at mask slots, and how large they are."""
+
+    rank: CountOrZero = Field(GatedParts.rank, description="rank of the updates of attention projections; 0: none")
+    mlp: Literal["none", "add", "replace"] = Field(
+        "replace", description="what the diffusion expert does at mask slots: replace the routed experts, add to them"
+    )
+    mlp_width: Count = Field(GatedParts.mlp_width, description="hidden units of the diffusion expert")
+    mask_embedding: bool = Field(GatedParts.mask_embedding, description="mask slots have an embedding of their own")
+
+
 class ConvertInitDiffusion(_Section):
     """The `diffusion:` section of a convert-init recipe."""
+
+    mode: Literal["full", "gated"] = Field(
+        "full", description="full: every weight is trained; gated: the source stays as it is, small weights are added"
+    )
+    gated: GatedSection = Field(GatedSection(), description="the added weights of mode gated")
 
     block_size: int = Field(
         DEFAULT_BLOCK_SIZE,
@@ -92,7 +108,16 @@ class DatasetRecipe(_Section):
 class MidtrainDiffusion(_Section):
     """The `diffusion:` section of a midtrain recipe."""
 
-    alpha: float = Field(1.0, ge=0, description="weight of the AR loss: loss = (alpha · AR + diffusion) / (1 + alpha)")
+    alpha: float = Field(
+        1.0,
+        ge=0,
+        description="weight of the AR loss: loss = (alpha · AR + diffusion) / (1 + alpha); gated checkpoints have none",
+    )
+    objective: Literal["data", "forward_kl"] | None = Field(
+        None,
+        description="what mask slots learn: the data's tokens, or the AR distribution of the same position "
+        "(KL divergence from it); null: forward_kl for gated checkpoints, data for others",
+    )
     block_offset: Literal["zero", "random"] = Field(
         "zero", description="phase of the blocks: zero starts one at each document, random draws it per document"
     )

@@ -155,6 +155,19 @@ def test_a_copy_is_whole_within_a_disk_and_across_disks(tmp_path: Path, size: in
             assert (folder / "copied").read_bytes() == (tmp_path / "blob").read_bytes()
 
 
+@pytest.mark.parametrize("size", [200_000, 300_000, 5_000_000])
+def test_a_copy_that_does_not_fit_is_an_error_and_never_a_shorter_file(
+    tmp_path: Path, tiny_disk: Path, size: int
+) -> None:
+    (tmp_path / "blob").write_bytes(os.urandom(size))
+    if size < 256 * 1024:
+        copy(tmp_path / "blob", tiny_disk / "copied")
+        assert (tiny_disk / "copied").stat().st_size == size
+    else:
+        with pytest.raises(OSError, match="No space left"):
+            copy(tmp_path / "blob", tiny_disk / "copied")
+
+
 def test_links_are_foreseen_on_one_disk_only(tmp_path: Path, tiny_disk: Path) -> None:
     (tmp_path / "blob").write_text("weights")
     assert can_link(tmp_path / "blob", tmp_path / "not" / "there" / "yet")

@@ -15,19 +15,19 @@ from tests.contracts.families import FAMILY_MODELS, family_pair
 from tests.contracts.models import MASK, Pair, random_ids
 from tests.contracts.reference import causal_logits
 from zconvert.tidar.cache import TidarCache
-from zconvert.tidar.gated import GatedParts
 from zconvert.tidar.layout import decode_layout, packed_layout
 from zconvert.tidar.model import LayoutModel
+from zconvert.tidar.settings import GatedParts
 
 ROW = ROWS["offset 3 in several documents"]
 ONE = ROWS["one document"]
 
 
-def gated_pair(model_type: str, mlp: Any = "replace", trained: bool = True) -> Pair:
+def gated_pair(model_type: str, mlp: Any = "replace", trained: bool = True, **parts: Any) -> Pair:
     """The untouched model beside one with gated weights, as they could be after some training."""
     plain = family_pair(model_type).plain
     layout = LayoutModel(deepcopy(plain))
-    weights = layout.add_gated(GatedParts(rank=2, mlp=mlp, mlp_width=8), MASK)
+    weights = layout.add_gated(GatedParts(rank=2, mlp=mlp, mlp_width=8, **parts))
     if trained:
         torch.manual_seed(5)
         with torch.no_grad():
@@ -79,7 +79,7 @@ def test_every_family_keeps_its_ar_path_bit_for_bit_and_its_contracts(model_type
 @pytest.mark.parametrize("model_type", ["mixtral", "zaya", "deepseek_v3", "gpt_oss"])
 @torch.no_grad()
 def test_added_parts_start_as_the_source(model_type: str) -> None:
-    pair = gated_pair(model_type, mlp="add", trained=False)
+    pair = gated_pair(model_type, mlp="add", trained=False, mask_embedding=False)
     ids = random_ids((24,), seed=1)
     assert torch.equal(slot_logits(pair.layout, ids), slot_logits(family_pair(model_type).layout, ids))
 

@@ -23,7 +23,7 @@ from zconvert.checkpoint.provenance import PROVENANCE_FILE, provenance
 from zconvert.checkpoint.source import Source, read_config, require_converted
 from zconvert.checkpoint.weights import check_written
 from zconvert.errors import UserError
-from zconvert.tidar.settings import TidarSettings
+from zconvert.tidar.settings import GATED_FILE, TidarSettings
 
 CODE_FOLDER = "custom_generate"
 REQUIREMENTS = ("torch>=2.11", "transformers>=5.17")
@@ -61,6 +61,13 @@ def export(
     """
     settings = require_converted(checkpoint)
     source = checkpoint.folder
+    if settings.mode == "gated" and not (source / GATED_FILE).exists():
+        raise UserError(
+            f"{checkpoint.name} has no gated weights yet",
+            found=f"no {GATED_FILE}",
+            expected="a trained checkpoint",
+            fix="train it: zconvert midtrain RECIPE.yaml",
+        )
     config, headers = read_config(source), read_headers(source)
     inherited = inherited_metadata(source)
     texts = _checked_texts(source, headers, config, settings)
@@ -84,6 +91,13 @@ def export(
         if headers.indexed:
             copy(source / INDEX_FILE, folder / INDEX_FILE)
         copy_companions(source, folder, without=texts)
+        if settings.mode == "gated":
+            (folder / GATED_FILE).parent.mkdir()
+            copy(source / GATED_FILE, folder / GATED_FILE)
+            weights[GATED_FILE] = {
+                "bytes": (folder / GATED_FILE).stat().st_size,
+                "sha256": _verified_hash(source, folder, GATED_FILE),
+            }
         _write_code(folder / CODE_FOLDER)
         origin = provenance(settings, weights=dict(weights), results=results)
         texts[PROVENANCE_FILE] = json.dumps(origin, indent=2) + "\n"

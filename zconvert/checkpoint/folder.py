@@ -8,8 +8,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterator
-from io import FileIO
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -130,13 +129,8 @@ def can_link(src: Path, folder: Path) -> bool:
         return False
 
 
-def copy(src: Path, dst: Path, on_copied: Callable[[int], None] | None = None) -> Placed:
+def copy(src: Path, dst: Path) -> Placed:
     """Puts an independent file at `dst`, one that may be edited: reflink, else a copy of the bytes.
-
-    Args:
-        src: the file.
-        dst: where to put it; nothing may stand there.
-        on_copied: told after every few MB how many bytes, from the start of the file, are copied.
 
     Returns:
         the way that worked.
@@ -144,7 +138,7 @@ def copy(src: Path, dst: Path, on_copied: Callable[[int], None] | None = None) -
     real = Path(os.path.realpath(src))
     if _reflink(real, dst):
         return "reflink"
-    _copy_bytes(real, dst, on_copied)
+    _copy_bytes(real, dst)
     return "copy"
 
 
@@ -233,33 +227,14 @@ def _reflink(src: Path, dst: Path) -> bool:
     return False
 
 
-def _copy_bytes(src: Path, dst: Path, on_copied: Callable[[int], None] | None = None) -> None:
-    tell = on_copied or (lambda _: None)
-    with src.open("rb", buffering=0) as reader, dst.open("xb", buffering=0) as writer:
-        if not _copy_in_kernel(reader, writer, tell):
-            buffer = memoryview(bytearray(_BUFFER))
-            while count := reader.readinto(buffer):
-                rest = buffer[:count]
-                while rest:
-                    rest = rest[writer.write(rest) :]
-                tell(writer.tell())
-
-
-def _copy_in_kernel(reader: FileIO, writer: FileIO, tell: Callable[[int], None]) -> bool:
-    """Copies without moving the bytes through this process; False, with nothing copied, where that cannot be done."""
-    if not hasattr(os, "copy_file_range"):
-        return False
-    copied = 0
-    try:
-        while count := os.copy_file_range(reader.fileno(), writer.fileno(), _CHUNK):
-            copied += count
-            tell(copied)
-    except OSError as error:
-        if copied or error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
-            raise
-        return False
-    # Some file systems (of /proc, some that are mounted by FUSE) copy nothing and say so without an error.
-    return copied > 0
+def _copy_bytes(src: Path, dst: Path) -> None:
+    with src.open("rb") as reader, dst.open("xb") as writer:
+        if hasattr(os, "copy_file_range"):  # in the kernel, without moving the bytes through this process
+            with contextlib.suppress(OSError):  # another disk, or a file system that cannot do it
+                while os.copy_file_range(reader.fileno(), writer.fileno(), _CHUNK):
+                    pass
+        # Goes on from there, mostly at the end: the kernel also stops early, on a full disk without saying so.
+        shutil.copyfileobj(reader, writer, _BUFFER)
 
 
 def _flush(folder: Path) -> None:

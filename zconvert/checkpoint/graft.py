@@ -8,7 +8,6 @@ of that token, and the `tidar` section of `config.json`. Every other weight is t
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zconvert.checkpoint.compare import Trail
 from zconvert.checkpoint.folder import copy, copy_companions, flush, new_folder, place
 from zconvert.checkpoint.headers import Shard, TensorInfo
 from zconvert.checkpoint.plan import GENERATION_CONFIG, Choices, FileStep, Plan, generation_patch, plan_conversion
 from zconvert.checkpoint.rows import Floats, as_stored
 from zconvert.checkpoint.source import Source
-from zconvert.checkpoint.verify import Level, Verified, check_level, later_ranges, verify
+from zconvert.checkpoint.verify import Level, Verified, check_level, verify
 from zconvert.checkpoint.weights import read_chunks, write_shard
 from zconvert.tidar.settings import TidarSettings
 
@@ -75,10 +73,10 @@ def carry_out(plan: Plan, *, level: Level = "bytes", on_step: Callable[[str], No
     check_level(plan, level)
     source = plan.source.folder
     done = {step.name: step for step in plan.steps}
-    with new_folder(plan.out) as folder, ThreadPoolExecutor(1) as beside, contextlib.ExitStack() as ending:
+    with new_folder(plan.out) as folder, ThreadPoolExecutor(1) as beside:
         # Beside the copying, which leaves the processor to others: the rows' values, and later the way to the disk.
         edits = beside.submit(plan.rows.edits, plan.choices.mask_init, plan.choices.seed)
-        flushes, trails = [], dict[str, Trail]()
+        flushes = []
         copy_companions(source, folder, without=plan.texts)
         for name, text in plan.texts.items():
             (folder / name).write_bytes(text.encode())
@@ -86,22 +84,17 @@ def carry_out(plan: Plan, *, level: Level = "bytes", on_step: Callable[[str], No
             step = done[shard.name]
             if step.action != "link":
                 tell(f"Writing {shard.name}")
-            if step.action in ("copy", "copy + patch") and level != "none":
-                trails[shard.name] = Trail(source / shard.name, folder / shard.name, later_ranges(plan, shard))
-                ending.callback(trails[shard.name].stop)
-            done[shard.name] = _write(plan, shard, step, folder, edits, trails.get(shard.name))
+            done[shard.name] = _write(plan, shard, step, folder, edits)
             if step.action != "link":
                 flushes.append(beside.submit(flush, folder / shard.name))
         written = dataclasses.replace(plan, steps=tuple(done.values()))
-        verified = verify(written, folder, edits.result(), level, tell, trails)
+        verified = verify(written, folder, edits.result(), level, tell)
         for flushed in flushes:
             flushed.result()  # a disk tells only once that it could not keep the bytes
         return Report(written, verified)
 
 
-def _write(
-    plan: Plan, shard: Shard, step: FileStep, folder: Path, edits: Future[dict[str, Floats]], trail: Trail | None
-) -> FileStep:
+def _write(plan: Plan, shard: Shard, step: FileStep, folder: Path, edits: Future[dict[str, Floats]]) -> FileStep:
     """Puts one shard into the folder; returns the step as it went."""
     src, dst = plan.source.folder / shard.name, folder / shard.name
     if step.action == "link":
@@ -110,7 +103,7 @@ def _write(
     if step.action == "rewrite":
         _rewrite(plan, shard, dst, edits.result())
     else:
-        copy(src, dst, trail.reached if trail is not None else None)
+        copy(src, dst)
         for tensor in plan.edited(shard):
             _patch_rows(dst, tensor, plan.rows.first, edits.result()[tensor.name])
     return step

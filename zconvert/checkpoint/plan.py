@@ -23,7 +23,7 @@ from zconvert.checkpoint.source import Source, headers_of, read_config, tidar_se
 from zconvert.checkpoint.verdict import require_convertible
 from zconvert.checkpoint.weights import index_patch, patch_config, shard_size
 from zconvert.errors import UserError
-from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, TidarSettings, check_proposals
+from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, GatedParts, TidarSettings, check_proposals
 
 GENERATION_CONFIG = "generation_config.json"
 DEFAULT_MASK_INIT = "mean"
@@ -46,6 +46,8 @@ class Choices:
     """seed of random"""
     proposals: Sequence[int] | None = None
     """accepted counts that get a proposal block in decoding; None for all"""
+    gated: GatedParts | None = None
+    """the gated parts, where the source is to stay frozen; None for full training"""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,14 @@ def plan_conversion(source: Source, out: Path, choices: Choices | None = None, *
     vocabulary = read_vocabulary(source.folder)
     mask = choose_mask_token(source.folder, headers, config, choices.mask_token, vocabulary)
     settings = _settings(source, mask, choices)
-    rows = TokenRows(source.folder, headers, config, mask, vocabulary)
+    if choices.gated is not None and mask.source == "grown":
+        raise UserError(
+            "gated mode leaves every weight as it is, and the embedding has no row left for a mask token",
+            found=f"{len(vocabulary)} tokens in as many rows",
+            expected="a mask token, or a spare row",
+            fix="name a token that texts never hold: --mask-token TEXT",
+        )
+    rows = TokenRows(source.folder, headers, config, mask, vocabulary, frozen=choices.gated is not None)
     rows.check_start(choices.mask_init)
     _check_ids(source.folder, config, rows.before)
     tensors = headers.tensors | {t.name: _resized(t, mask.rows) for t in rows.edited}
@@ -180,6 +189,8 @@ def _settings(source: Source, mask: MaskToken, choices: Choices) -> TidarSetting
             proposals=None if proposals is None else check_proposals(tuple(proposals), block_size),
             base_model=source.name,
             base_revision=source.revision,
+            mode="full" if choices.gated is None else "gated",
+            gated=choices.gated,
         )
     except ValueError as error:
         raise UserError("the conversion's settings cannot work", found=error, fix="correct them") from error

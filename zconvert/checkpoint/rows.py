@@ -28,8 +28,25 @@ class TokenRows:
     """The tensors that have a row for each token, and what to write into them."""
 
     def __init__(
-        self, folder: Path, headers: Headers, config: dict[str, Any], mask: MaskToken, vocabulary: Vocabulary
+        self,
+        folder: Path,
+        headers: Headers,
+        config: dict[str, Any],
+        mask: MaskToken,
+        vocabulary: Vocabulary,
+        *,
+        frozen: bool = False,
     ) -> None:
+        """Finds the tensors.
+
+        Args:
+            folder: the checkpoint's.
+            headers: its tensors.
+            config: its `config.json`.
+            mask: the mask token.
+            vocabulary: the tokenizer's entries.
+            frozen: no row is written, since mask slots have an embedding of their own.
+        """
         self.folder = folder
         self.mask = mask
         self.vocabulary = vocabulary
@@ -39,6 +56,7 @@ class TokenRows:
         self.head = heads[0] if heads else None
         self.bias = headers.tensors.get(self.head.name.removesuffix("weight") + "bias") if self.head else None
         tables = [t for t in headers.tensors.values() if t.name.endswith(PER_LAYER_EMBEDDING)]
+        self.frozen = frozen
         self.per_layer = tables[0] if tables else None  # Gemma's, one more embedding that every layer reads
         for tensor in (self.embedding, self.head, self.bias, self.per_layer):
             if tensor is not None and (tensor.dtype not in _STORED or tensor.shape[0] != self.before):
@@ -59,6 +77,8 @@ class TokenRows:
     @property
     def edited(self) -> list[TensorInfo]:
         """The tensors to write into: the embedding, a head tied to it, and where rows are added all that have them."""
+        if self.frozen:
+            return []
         if self.mask.source == "grown":
             return [t for t in (self.embedding, self.head, self.bias, self.per_layer) if t is not None]
         # An untied head keeps its row; a tied one must change too, else the two differ and loaders untie them.
@@ -75,6 +95,8 @@ class TokenRows:
         Raises:
             UserError: `mask_init` is not known, or a row that is read holds NaN or infinity.
         """
+        if self.frozen:
+            return {}
         mean = self._mean(self.embedding)
         row = self._start_value(mask_init, mean, seed)
         if self.mask.source != "grown":

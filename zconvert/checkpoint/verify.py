@@ -15,12 +15,12 @@ not those of a disk that forgets later.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from zconvert.checkpoint.compare import Range, Trail, around, first_difference
+from zconvert.checkpoint.compare import Range, around, first_difference
 from zconvert.checkpoint.folder import companions
 from zconvert.checkpoint.headers import Headers, Shard, TensorInfo, read_headers
 from zconvert.checkpoint.json_patch import read_json
@@ -34,7 +34,6 @@ from zconvert.errors import UserError
 from zconvert.tidar.families import language_config
 
 Level = Literal["auto", "bytes", "logits", "none"]
-_MARGIN = 1024 * 1024
 _AGAIN = "run the conversion again; if this happens again, check memory and disk"
 
 
@@ -71,24 +70,8 @@ def check_level(plan: Plan, level: Level) -> None:
         )
 
 
-def later_ranges(plan: Plan, shard: Shard) -> list[Range]:
-    """The parts of a shard to compare after its rows were patched and not before: the rows, and what is around them."""
-    ranges: list[Range] = []
-    for start, end in _rows(plan, shard):
-        start, end = max(0, start - _MARGIN), min(shard.bytes, end + _MARGIN)
-        if ranges and start <= ranges[-1][1]:
-            start = ranges.pop()[0]
-        ranges.append((start, end))
-    return ranges
-
-
 def verify(
-    plan: Plan,
-    folder: Path,
-    edits: dict[str, Floats],
-    level: Level,
-    tell: Callable[[str], None] = lambda _: None,
-    trails: Mapping[str, Trail] | None = None,
+    plan: Plan, folder: Path, edits: dict[str, Floats], level: Level, tell: Callable[[str], None] = lambda _: None
 ) -> Verified:
     """Verifies a conversion.
 
@@ -98,7 +81,6 @@ def verify(
         edits: the values that were to be written, by tensor.
         level: see above.
         tell: told what is going on.
-        trails: of files that are compared as they are copied, by name; of these only the `later_ranges` are left.
 
     Raises:
         UserError: something is not as it should be.
@@ -116,7 +98,7 @@ def verify(
             _check_link(plan.source.folder / shard.name, folder / shard.name, action)
             linked += 1
         else:
-            compared += _check_shard(plan, folder, new, shard, edits, (trails or {}).get(shard.name))
+            compared += _check_shard(plan, folder, new, shard, edits)
     compared += _check_companions(plan, folder)
     _check_texts(plan, folder, new)
     skipped = why_not(plan) if level == "auto" else None
@@ -143,16 +125,13 @@ def _check_link(src: Path, dst: Path, action: str) -> None:
         raise _damaged(dst, "another file", f"a link to {src}")
 
 
-def _check_shard(
-    plan: Plan, folder: Path, new: Headers, shard: Shard, edits: dict[str, Floats], trail: Trail | None
-) -> int:
+def _check_shard(plan: Plan, folder: Path, new: Headers, shard: Shard, edits: dict[str, Floats]) -> int:
     """Compares a copied or rewritten shard with the source's; returns the bytes that are equal."""
     src, dst = plan.source.folder / shard.name, folder / shard.name
     edited, rows = plan.edited(shard), _rows(plan, shard)
     with dst.open("rb") as file:
         for tensor in edited:
             _check_rows(file, new.tensors[tensor.name], plan.rows.first, edits[tensor.name])
-    compared, place = 0, None
     if _action(plan, shard.name) == "rewrite":
         if next(s.metadata for s in new.shards if s.name == shard.name) != shard.metadata:
             raise _damaged(dst, "other __metadata__", "the source's")
@@ -162,16 +141,11 @@ def _check_shard(
         if dst.stat().st_size != shard.bytes:
             raise _damaged(dst, f"{dst.stat().st_size} bytes", f"{shard.bytes}, as in the source")
         spans = around(rows, shard.bytes)
-        end, place = trail.finish() if trail is not None else (0, None)
-        if end == shard.bytes:
-            compared = sum(count for _, _, count in spans)
-            spans = [span for start, end in later_ranges(plan, shard) for span in around(rows, end, start)]
-            compared -= sum(count for _, _, count in spans)
-    place = first_difference(src, dst, spans) if place is None else place
+    place = first_difference(src, dst, spans)
     if place is not None:
         names = [t.name for t in new.tensors.values() if t.shard == shard.name and t.start <= place < t.end]
         raise _damaged(dst, f"another value at byte {place}, in {(names or ['the header'])[0]}", "the source's bytes")
-    return compared + sum(count for _, _, count in spans)
+    return sum(count for _, _, count in spans)
 
 
 def _rows(plan: Plan, shard: Shard) -> list[Range]:

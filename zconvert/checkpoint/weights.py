@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from zconvert.checkpoint.folder import copy_companions, new_folder
+from zconvert.checkpoint.folder import copy, copy_companions, new_folder, place
 from zconvert.checkpoint.headers import DTYPE_BITS, INDEX_FILE, Headers, TensorInfo, read_headers
 from zconvert.checkpoint.json_patch import parse_json_object, patch_json, read_json_text
 from zconvert.checkpoint.mask_token import EMBEDDING_NAMES, HEAD_NAMES
 from zconvert.checkpoint.provenance import PROVENANCE_FILE, carried_on
 from zconvert.errors import UserError
 from zconvert.tidar.families import language_config
-from zconvert.tidar.settings import TidarSettings
+from zconvert.tidar.settings import GATED_FILE, TidarSettings
 
 if TYPE_CHECKING:
     import torch
@@ -153,6 +153,40 @@ def save_trained(
         for name, text in texts.items():
             (folder / name).write_bytes(text.encode())
         check_written(folder, targets)
+
+
+def save_gated(weights: Any, base: Path, out: Path, *, settings: TidarSettings) -> None:
+    """Writes a gated checkpoint: the base's files, its weights by link where the disk can, and the gated weights.
+
+    Args:
+        weights: the `GatedWeights` of the trained model.
+        base: folder of the checkpoint that it was loaded from.
+        out: folder to write; must not exist.
+        settings: written to the `tidar` section of `config.json`.
+
+    Raises:
+        UserError: `out` exists or cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    headers = read_headers(base)
+    texts = {"config.json": patch_config(base, {"tidar": settings.to_dict()})}
+    origin = carried_on(base, settings)
+    if origin is not None:
+        texts[PROVENANCE_FILE] = origin
+    with new_folder(out) as folder:
+        for shard in headers.shards:
+            place(base / shard.name, folder / shard.name)
+        copy_companions(base, folder, without=texts)
+        if headers.indexed:
+            copy(base / INDEX_FILE, folder / INDEX_FILE)
+        path = folder / GATED_FILE
+        path.parent.mkdir()
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.state_dict().items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+        for name, text in texts.items():
+            (folder / name).write_bytes(text.encode())
+        check_written(folder, headers.tensors)
 
 
 def check_written(folder: Path, expected: Mapping[str, TensorInfo]) -> None:

@@ -68,12 +68,12 @@ def command(
         model, tokenizer = _load(source, str(dtype), str(device), threads)
     from zconvert.checkpoint.load import end_token_ids, prompt_ids
     from zconvert.evaluation.bench import bench
-    from zconvert.tidar.model import LayoutModel
+    from zconvert.tidar.generate import layout_model_of
 
     with _progress() as progress:
         task = progress.add_task("Decoding", total=len(texts))
         measured = bench(
-            LayoutModel(model),
+            layout_model_of(model),
             [prompt_ids(tokenizer, text) for text in texts],
             settings,
             eos_token_ids=end_token_ids(model, tokenizer),

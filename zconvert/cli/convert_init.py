@@ -13,7 +13,7 @@ from rich.text import Text
 from zconvert.checkpoint.source import resolve
 from zconvert.cli import options
 from zconvert.cli.ui import err, out, print_json
-from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, MAX_BLOCK_SIZE
+from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, MAX_BLOCK_SIZE, GatedParts
 
 if TYPE_CHECKING:
     from zconvert.checkpoint.graft import Report
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 _RECIPE_SUFFIXES = (".yaml", ".yml")
 _BESIDE_A_RECIPE = ("checkpoint", "token", "copy", "verify", "dry_run", "as_json")
 """parameters that do not change what is made, only how"""
+
+
+class Mode(StrEnum):
+    """Values of --mode."""
+
+    FULL = "full"
+    GATED = "gated"
 
 
 class Verify(StrEnum):
@@ -60,6 +67,9 @@ def command(
         typer.Option(metavar="1,3,5", help="Accepted counts that get a proposal block in decoding. Default: all."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of --mask-init random.")] = 0,
+    mode: Annotated[
+        Mode, typer.Option(help="full: training moves every weight. gated: the source stays, small weights are added.")
+    ] = Mode.FULL,
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy unchanged weight files too, instead of linking them.")
     ] = False,
@@ -81,7 +91,7 @@ def command(
     """
     wanted: str | int | None = int(mask_token) if mask_token is not None and mask_token.isdecimal() else mask_token
     counts = options.accepted_counts(proposals, block_size)
-    name = checkpoint
+    name, parts = checkpoint, GatedParts()
     if checkpoint.endswith(_RECIPE_SUFFIXES):
         _refuse_options_beside_a_recipe(context)
         from zconvert.recipe import ConvertInitRecipe, load_recipe
@@ -89,6 +99,7 @@ def command(
         recipe = load_recipe(Path(checkpoint), ConvertInitRecipe)
         name, revision, output, seed = recipe.base_model, recipe.revision, Path(recipe.output_dir), recipe.seed
         block_size, wanted = recipe.diffusion.block_size, recipe.diffusion.mask_token
+        mode, parts = Mode(recipe.diffusion.mode), GatedParts(**recipe.diffusion.gated.model_dump())
         mask_init = recipe.diffusion.mask_init
         counts = None if recipe.diffusion.proposals is None else tuple(recipe.diffusion.proposals)
     if output is None:
@@ -98,7 +109,7 @@ def command(
     from zconvert.checkpoint.plan import Choices, plan_conversion
     from zconvert.checkpoint.verdict import require_convertible
 
-    choices = Choices(block_size, wanted, mask_init, seed, counts)
+    choices = Choices(block_size, wanted, mask_init, seed, counts, parts if mode is Mode.GATED else None)
     refuse_existing(output)  # before anything is fetched, and so are checkpoints that cannot be converted
     with err.status(Text(f"Reading {name} …")) as status:
         source = resolve(
@@ -149,8 +160,13 @@ def _show(report: Report) -> None:
 
 
 def _choices(plan: Plan) -> Text:
-    mask = f"{plan.mask.text} (id {plan.mask.id}, {plan.mask.source.replace('_', ' ')}; {plan.choices.mask_init})"
-    return Text(f"  block size  {plan.settings.block_size}\n  mask token  {mask}")
+    gated = plan.settings.gated
+    start = plan.choices.mask_init if gated is None else "its row stays"
+    mask = f"{plan.mask.text} (id {plan.mask.id}, {plan.mask.source.replace('_', ' ')}; {start})"
+    lines = [f"  block size  {plan.settings.block_size}", f"  mask token  {mask}"]
+    if gated is not None:
+        lines.append(f"  mode        gated: rank {gated.rank}, diffusion expert {gated.mlp} {gated.mlp_width}")
+    return Text("\n".join(lines))
 
 
 def _written(plan: Plan) -> str:

@@ -194,7 +194,11 @@ def _index(index: dict[str, Any]) -> str:
 
 def _settings(settings: dict[str, Any]) -> str:
     counts = ", ".join(map(str, settings["proposals"] or ())) or f"1 to {settings['block_size']}"
-    return f"blocks of {settings['block_size']}, proposals after {counts} accepted tokens"
+    text = f"blocks of {settings['block_size']}, proposals after {counts} accepted tokens"
+    parts = settings.get("gated")
+    if parts:
+        text += f"; gated: rank {parts['rank']}, diffusion expert {parts['mlp']} {parts['mlp_width']}"
+    return text
 
 
 def _rope(rope: dict[str, Any]) -> str:

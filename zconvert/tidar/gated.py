@@ -14,37 +14,14 @@ of the source model: its state dict, its names and its bytes stay as they are.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Mlp = Literal["none", "add", "replace"]
-
-
-@dataclass(frozen=True)
-class GatedParts:
-    """Which parts there are, and how large."""
-
-    rank: int = 16
-    """of the low-rank updates of attention projections; 0: none"""
-    mlp: Mlp = "replace"
-    """what the diffusion expert does at a mixture-of-experts block; at a dense MLP it is always added"""
-    mlp_width: int = 128
-    """of the diffusion expert"""
-    mask_embedding: bool = True
-    """mask slots have an embedding of their own instead of the mask token's row"""
-
-    def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ValueError(f"rank is {self.rank}, expected 0 (none) or more")
-        if self.mlp not in ("none", "add", "replace"):
-            raise ValueError(f"mlp is {self.mlp!r}, expected none, add or replace")
-        if self.mlp != "none" and self.mlp_width < 1:
-            raise ValueError(f"mlp_width is {self.mlp_width}, expected at least 1")
+from .settings import GatedParts
 
 
 class Gate:
@@ -141,7 +118,7 @@ def _joined(before: Any, stock: Any) -> Any:
 class GatedWeights(nn.Module):
     """All gated weights of a model, by the name of the module that they go with."""
 
-    def __init__(self, decoder: Any, embedding: Any, parts: GatedParts, mask_token_id: int) -> None:
+    def __init__(self, decoder: Any, embedding: Any, parts: GatedParts) -> None:
         """Makes the weights for a decoder and grafts them in place.
 
         At first they change nothing, but for `replace`, where mask slots get nothing from the routed experts.
@@ -150,7 +127,6 @@ class GatedWeights(nn.Module):
             decoder: of a transformers model.
             embedding: its input embedding.
             parts: which there shall be.
-            mask_token_id: whose row the mask embedding starts from.
         """
         super().__init__()
         self.parts = parts
@@ -167,8 +143,8 @@ class GatedWeights(nn.Module):
             self.modules_by_name[name.replace(".", "/")] = extra
         self.mask_embedding: nn.Parameter | None = None
         if parts.mask_embedding:
-            row = embedding(torch.tensor([mask_token_id], device=embedding.weight.device))
-            self.mask_embedding = nn.Parameter(row.detach().float().clone().view(-1))
+            some = torch.arange(min(_EMBEDDING_SAMPLE, embedding.weight.shape[0]), device=embedding.weight.device)
+            self.mask_embedding = nn.Parameter(embedding(some).detach().float().mean(dim=0))
             self._graft(embedding, _GatedEmbedding, self.mask_embedding)
 
     def _graft(self, module: Any, before: Any, extra: Any) -> None:
@@ -178,6 +154,8 @@ class GatedWeights(nn.Module):
         module.__class__ = _joined(before, stock)
 
 
+_EMBEDDING_SAMPLE = 4096
+"""the mask embedding starts as the mean of so many rows"""
 _MIXERS = ("attn", "attention", "conv")
 """what a layer's child is called that mixes tokens"""
 _LEFT_OUT = ("kv_b_proj", "indexer", "router")

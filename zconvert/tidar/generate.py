@@ -6,12 +6,15 @@ option that is silently dropped would change the distribution of the text.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.utils import cached_file
 
 from .acceptance import Sampling
 from .decoding import DecodePlan, decode
@@ -25,7 +28,7 @@ from .generate_options import (
     unpadded,
 )
 from .model import LayoutModel
-from .settings import TidarSettings
+from .settings import GATED_FILE, TidarSettings
 
 SAMPLERS = ("lossless", "mixed", "ar")
 DEFAULT_MIX_WEIGHT = 0.5
@@ -170,8 +173,32 @@ def layout_model_of(model: Any) -> LayoutModel:
     # A deep copy of the model carries a copy of the attribute along; one of another model is none of ours.
     if kept is None or kept.model is not model:
         kept = LayoutModel(model)
+        section = getattr(model.config.get_text_config(), "tidar", None)
+        if isinstance(section, dict) and section.get("mode") == "gated":
+            add_gated(kept, TidarSettings.from_dict(section))
         setattr(model, _LAYOUT_MODEL, kept)
     return kept
+
+
+def add_gated(layout_model: LayoutModel, settings: TidarSettings) -> None:
+    """Adds a checkpoint's gated weights to its model; those of a checkpoint that was not trained yet are new."""
+    assert settings.gated is not None
+    model = layout_model.model
+    weights = layout_model.add_gated(settings.gated)
+    path = _gated_file(model.config)
+    if path is not None:
+        weights.load_state_dict(load_file(path))
+    weights.to(device=layout_model.device, dtype=model.dtype)
+
+
+def _gated_file(config: Any) -> str | None:
+    """Where the gated weights of the checkpoint lie that a model was loaded from."""
+    name = str(getattr(config, "_name_or_path", ""))
+    if os.path.isdir(name):
+        path = os.path.join(name, GATED_FILE)
+        return path if os.path.exists(path) else None
+    options: dict[str, Any] = {"revision": config._commit_hash, "_raise_exceptions_for_missing_entries": False}
+    return cached_file(name, GATED_FILE, **options) if name else None
 
 
 def token_ids(value: int | list[int] | Tensor | None) -> frozenset[int]:

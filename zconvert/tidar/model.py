@@ -9,13 +9,14 @@ from torch import Tensor
 
 from .cache import TidarCache
 from .families import Family, judge
-from .gated import GatedParts, GatedWeights
+from .gated import GatedWeights
 from .grafts import graft
 from .layout import Layout, with_committed
 from .masks import attention_masks
 from .positions import ARGUMENT as POSITIONS
 from .positions import Positions
 from .predecessors import predecessors_of
+from .settings import GatedParts
 from .sinks import ARGUMENT as IN_LAYOUT
 
 
@@ -48,18 +49,17 @@ class LayoutModel:
         self.gated: GatedWeights | None = None
         graft(model, self.family)
 
-    def add_gated(self, parts: GatedParts, mask_token_id: int) -> GatedWeights:
+    def add_gated(self, parts: GatedParts) -> GatedWeights:
         """Adds weights that act at mask slots only; at clean tokens the model stays what it is.
 
         Args:
             parts: which there shall be.
-            mask_token_id: whose embedding mask slots start from.
 
         Returns:
             the weights, to load or to train; new ones train from the source's own behaviour.
         """
         assert self.gated is None, "gated weights are added once"
-        self.gated = GatedWeights(self._decoder, self._decoder.get_input_embeddings(), parts, mask_token_id)
+        self.gated = GatedWeights(self._decoder, self._decoder.get_input_embeddings(), parts)
         return self.gated
 
     def hidden_states(self, input_ids: Tensor, layout: Layout, cache: TidarCache | None = None) -> Tensor:
@@ -97,9 +97,15 @@ class LayoutModel:
                 **options,
             )
         finally:
-            if self.gated is not None:
-                self.gated.gate.first = None
+            # With gradients, the backward pass may run layers again (activation checkpointing): see `release_gate`.
+            if not torch.is_grad_enabled():
+                self.release_gate()
         return outputs.last_hidden_state
+
+    def release_gate(self) -> None:
+        """Makes the plain model the source again after a forward with gradients, which leaves the gate as it was."""
+        if self.gated is not None:
+            self.gated.gate.first = None
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """(…, hidden) -> (…, vocabulary) float32, as the model's own forward makes them."""

@@ -19,6 +19,34 @@ _KINDS: dict[str, type] = {
 }
 
 
+MODES = ("full", "gated")
+GATED_FILE = "tidar/gated.safetensors"
+"""in a checkpoint's folder; deep enough that engines which load every *.safetensors of a folder pass it by"""
+
+
+@dataclass(frozen=True)
+class GatedParts:
+    """Weights that act at mask slots only: which parts there are, and how large (gated.py has them)."""
+
+    rank: int = 16
+    """of the low-rank updates of attention projections; 0: none"""
+    mlp: str = "replace"
+    """what the diffusion expert does at a mixture-of-experts block: replace the routed experts, add to them, or none.
+    At a dense MLP it is always added"""
+    mlp_width: int = 384
+    """of the diffusion expert"""
+    mask_embedding: bool = True
+    """mask slots have an embedding of their own instead of the mask token's row"""
+
+    def __post_init__(self) -> None:
+        if type(self.rank) is not int or self.rank < 0:
+            raise ValueError(f"rank is {self.rank!r}, expected 0 (none) or more")
+        if self.mlp not in ("none", "add", "replace"):
+            raise ValueError(f"mlp is {self.mlp!r}, expected none, add or replace")
+        if self.mlp != "none" and (type(self.mlp_width) is not int or self.mlp_width < 1):
+            raise ValueError(f"mlp_width is {self.mlp_width!r}, expected at least 1")
+
+
 @dataclass(frozen=True)
 class TidarSettings:
     """Settings under the key `tidar` of `config.json`.
@@ -36,7 +64,9 @@ class TidarSettings:
     mask_token_source: str = "existing"
     """where its embedding row came from: existing, spare_row or grown"""
     mode: str = "full"
-    """full: every weight was trained"""
+    """full: every weight is trained. gated: the source is frozen, and small weights act at mask slots only"""
+    gated: GatedParts | None = None
+    """of mode gated"""
     block_offset: str = "zero"
     """phase of training blocks in a document: zero (every document starts a block) or random"""
     proposals: tuple[int, ...] | None = None
@@ -64,6 +94,9 @@ class TidarSettings:
             )
         if not 2 <= self.block_size <= MAX_BLOCK_SIZE:
             raise ValueError(f"tidar.block_size is {self.block_size}, expected 2 to {MAX_BLOCK_SIZE}")
+        if self.mode not in MODES or (self.mode == "gated") != (self.gated is not None):
+            parts = "no gated parts" if self.gated is None else "gated parts"
+            raise ValueError(f"tidar.mode is {self.mode!r} with {parts}, expected full, or gated and its parts")
         if self.mask_token_id < 0:
             raise ValueError(f"tidar.mask_token_id is {self.mask_token_id}, expected a token id")
         if self.proposals is not None:
@@ -75,7 +108,8 @@ class TidarSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in JSON."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return values if self.gated is not None else {k: v for k, v in values.items() if k != "gated"}
 
     @classmethod
     def from_dict(cls, section: dict[str, Any]) -> TidarSettings:
@@ -89,6 +123,9 @@ class TidarSettings:
         missing = {"block_size", "mask_token_id"} - values.keys()
         if missing:
             raise ValueError(f"tidar section lacks {', '.join(sorted(missing))}")
+        if isinstance(values.get("gated"), dict):
+            parts = {f.name for f in fields(GatedParts)}
+            values["gated"] = GatedParts(**{k: v for k, v in values["gated"].items() if k in parts})
         return cls(**values)
 
 

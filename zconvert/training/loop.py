@@ -24,7 +24,7 @@ from zconvert.checkpoint.folder import writing
 from zconvert.data.packing import Batch, PackedRows
 from zconvert.errors import UserError
 from zconvert.recipe import MidtrainRecipe
-from zconvert.tidar.model import LayoutModel
+from zconvert.tidar.generate import layout_model_of
 from zconvert.tidar.settings import TidarSettings
 from zconvert.training.objective import LossSums, Targets, expected_accepted, packed_losses
 from zconvert.training.schedule import learning_rate_factor
@@ -83,14 +83,19 @@ class Trainer:
             on_progress: is told of every logged step.
         """
         self.model, self.rows, self.recipe, self.settings = model, rows, recipe, settings
-        self.layout_model = LayoutModel(model)
+        self.layout_model = layout_model_of(model)
+        self.gated = self.layout_model.gated
+        self.trained: Any = model if self.gated is None else self.gated
+        """what moves, and what a train state holds of the model"""
+        if self.gated is not None:
+            model.requires_grad_(False)
         self.on_progress = on_progress
         self.run_dir = Path(recipe.output_dir)
         self.step = 0
         # Matrices are decayed; norms, biases and scales are not.
         groups = [
-            {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-            {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in self.trained.parameters() if p.ndim >= 2], "weight_decay": recipe.weight_decay},
+            {"params": [p for p in self.trained.parameters() if p.ndim < 2], "weight_decay": 0.0},
         ]
         betas = (recipe.adam_beta1, recipe.adam_beta2)
         self.optimizer = torch.optim.AdamW(
@@ -108,7 +113,7 @@ class Trainer:
         """
         recipe = self.recipe
         self._resume()
-        self.model.train()
+        self.trained.train()  # a frozen source stays in evaluation mode: nothing of it is drawn at random
         if recipe.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         with _signals() as received, self._metrics_file() as metrics_file:
@@ -136,8 +141,7 @@ class Trainer:
         diffusion_count = sum(int(t.diffusion.sum()) for t in targets)
         if not diffusion_count:
             raise UserError(f"step {self.step + 1} has no scored token", fix="check the data's loss masks")
-        alpha = recipe.diffusion.alpha
-        window = self._window
+        window, alpha = self._window, self._alpha
         self.optimizer.zero_grad(set_to_none=True)
         for batch in batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
@@ -150,11 +154,12 @@ class Trainer:
                     fix=f"lower learning_rate or max_grad_norm; the newest state in {self.run_dir} is unharmed",
                 )
             loss.backward()
+            self.layout_model.release_gate()
             window.ar += sums.ar.item()
             window.diffusion += sums.diffusion.item()
             for total, new in ((window.slot_correct, sums.slot_correct), (window.slot_count, sums.slot_count)):
                 total[:] = [a + b for a, b in zip(total, new.tolist(), strict=True)]
-        window.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm).item()
+        window.grad_norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), recipe.max_grad_norm).item()
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
         self.optimizer.step()
@@ -175,8 +180,14 @@ class Trainer:
             mask_token_id=self.settings.mask_token_id,
             block_size=block_size,
             offset=offset,
+            objective=self.recipe.diffusion.objective or ("data" if self.gated is None else "forward_kl"),
             loss_chunk_size=self.recipe.loss_chunk_size,
         )
+
+    @property
+    def _alpha(self) -> float:
+        """Weight of the AR loss: a frozen source has nothing to learn from it."""
+        return self.recipe.diffusion.alpha if self.gated is None else 0.0
 
     def _learning_rate(self) -> float:
         recipe = self.recipe
@@ -198,7 +209,7 @@ class Trainer:
         window, self._window = self._window, self._new_window()
         ar = window.ar / max(1, window.ar_count)
         diffusion = window.diffusion / window.diffusion_count
-        alpha = self.recipe.diffusion.alpha
+        alpha = self._alpha
         accuracy = [c / n if n else 0.0 for c, n in zip(window.slot_correct, window.slot_count, strict=True)]
         return {
             "step": self.step,
@@ -217,7 +228,7 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         return {
             "step": self.step,
-            "model": self.model.state_dict(),
+            "model": self.trained.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "data": self.rows.state_dict(),
             "offsets": self._offsets.get_state(),
@@ -236,7 +247,7 @@ class Trainer:
             state = load_state(Path(wanted))
         if state is None:
             return
-        self.model.load_state_dict(state["model"])
+        self.trained.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.rows.load_state_dict(state["data"])
         self._offsets.set_state(state["offsets"])

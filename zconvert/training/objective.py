@@ -8,6 +8,7 @@ not depend on how a step is cut into micro-batches. Source: TiDAR (arXiv 2511.08
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,7 @@ def packed_losses(
     mask_token_id: int,
     block_size: int,
     offset: Tensor | int = 0,
+    objective: Literal["data", "forward_kl"] = "data",
     loss_chunk_size: int = 1024,
 ) -> LossSums:
     """Runs one packed forward of 2T tokens and sums both losses.
@@ -68,10 +70,13 @@ def packed_losses(
         mask_token_id: fills the mask half.
         block_size: B.
         offset: phase of the blocks; see `packed_layout`.
+        objective: of mask slots. data: cross-entropy with their own token. forward_kl: KL divergence of their
+            distribution from the AR one of the same position, which is held fixed; the first token of a document,
+            which AR does not predict, is learnt from the data.
         loss_chunk_size: logits are made for so many tokens at a time.
 
     Returns:
-        Sums, not means.
+        Sums, not means. With forward_kl a slot is right where its likeliest token is AR's.
     """
     ids, length = batch.input_ids, batch.input_ids.shape[1]
     layout = packed_layout(batch.document_ids, block_size, offset)
@@ -80,9 +85,13 @@ def packed_losses(
     targets = Targets.of(batch)
     next_ids = F.pad(ids[:, 1:], (0, 1))
     ar, _ = cross_entropy_sum(model, hidden[:, :length][targets.ar], next_ids[targets.ar], loss_chunk_size)
-    diffusion, correct = cross_entropy_sum(
-        model, hidden[:, length:][targets.diffusion], ids[targets.diffusion], loss_chunk_size
-    )
+    slot_hidden, labels = hidden[:, length:][targets.diffusion], ids[targets.diffusion]
+    if objective == "data":
+        diffusion, correct = cross_entropy_sum(model, slot_hidden, labels, loss_chunk_size)
+    else:
+        before = F.pad(hidden[:, : length - 1].detach(), (0, 0, 1, 0))[targets.diffusion]
+        starts = (layout.position_ids[:, length:] == 0)[targets.diffusion]
+        diffusion, correct = divergence_sum(model, slot_hidden, before, labels, starts, loss_chunk_size)
     slots = (layout.position_ids - layout.clean_limit)[:, length:][targets.diffusion]
     return LossSums(
         ar=ar,
@@ -117,6 +126,35 @@ def cross_entropy_sum(model: LayoutModel, hidden: Tensor, labels: Tensor, chunk_
         checkpoint(chunk_loss, h, y, use_reentrant=False)
         for h, y in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True)
     ]
+    return torch.stack([loss for loss, _ in parts]).sum(), torch.cat([correct for _, correct in parts])
+
+
+def divergence_sum(
+    model: LayoutModel, hidden: Tensor, teacher: Tensor, labels: Tensor, starts: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """Summed KL(p || q) in float32, p the AR distribution, without ever holding the logits of more than a chunk.
+
+    Args:
+        model: its head is used.
+        hidden: (n, hidden) of mask slots, which give q.
+        teacher: (n, hidden) of the clean tokens before them, which give p.
+        labels: (n,) int64, the data's tokens.
+        starts: (n,) bool: the slot is its document's first; its p is the data's token.
+        chunk_size: tokens in a chunk.
+
+    Returns:
+        () the sum, and (n,) bool: the likeliest token is p's.
+    """
+
+    def chunk_loss(hidden: Tensor, teacher: Tensor, labels: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        q = model.logits(hidden).log_softmax(-1)
+        with torch.no_grad():
+            p = model.logits(teacher).softmax(-1)
+            p = torch.where(starts[:, None], F.one_hot(labels, p.shape[-1]), p)
+        return F.kl_div(q, p, reduction="sum"), q.detach().argmax(-1) == p.argmax(-1)
+
+    chunks = zip(*(x.split(chunk_size) for x in (hidden, teacher, labels, starts)), strict=True)
+    parts = [checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
     return torch.stack([loss for loss, _ in parts]).sum(), torch.cat([correct for _, correct in parts])
 
 

@@ -11,7 +11,7 @@ import torch
 from zconvert.checkpoint.folder import writing
 from zconvert.checkpoint.load import load_model
 from zconvert.checkpoint.source import require_converted, resolve
-from zconvert.checkpoint.weights import save_trained
+from zconvert.checkpoint.weights import save_gated, save_trained
 from zconvert.data.documents import load_documents
 from zconvert.data.packing import PackedRows
 from zconvert.errors import UserError
@@ -64,12 +64,16 @@ def midtrain(recipe: MidtrainRecipe, on_progress: OnProgress) -> Path:
         pad_token_id=tokenizer.pad_token_id or 0,
     )
     _write_recipe(run_dir, recipe)
-    Trainer(model, rows, recipe, settings, on_progress).run()
+    trainer = Trainer(model, rows, recipe, settings, on_progress)
+    trainer.run()
     on_progress(Progress(message=f"writing {final}"))
     trained = dataclasses.replace(
         settings, block_offset=recipe.diffusion.block_offset, stages=(*settings.stages, STAGE)
     )
-    save_trained(model, source.folder, final, settings=trained, dtype=recipe.save_dtype)
+    if trainer.gated is not None:
+        save_gated(trainer.gated, source.folder, final, settings=trained)
+    else:
+        save_trained(model, source.folder, final, settings=trained, dtype=recipe.save_dtype)
     return final
 
 

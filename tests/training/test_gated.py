@@ -1,0 +1,172 @@
+"""Gated conversion from end to end: the source's bytes, its logits and its text, and weights that learn beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.checkpoint.tiny import make_checkpoint
+from tests.contracts.models import random_ids
+from tests.training.runs import make_run, metrics_of
+from zconvert.checkpoint.export import export
+from zconvert.checkpoint.graft import convert_init
+from zconvert.checkpoint.load import load_model
+from zconvert.checkpoint.source import require_converted, resolve
+from zconvert.errors import UserError
+from zconvert.recipe import MidtrainRecipe
+from zconvert.tidar.acceptance import Sampling
+from zconvert.tidar.decoding import DecodePlan, decode
+from zconvert.tidar.generate import layout_model_of
+from zconvert.tidar.model import LayoutModel
+from zconvert.tidar.settings import GATED_FILE, GatedParts
+from zconvert.training.objective import divergence_sum
+from zconvert.training.stages import midtrain
+
+PARTS = GatedParts(rank=4, mlp_width=16)
+
+
+def gated_run(folder: Path, model_type: str = "zaya", **changes: Any) -> dict[str, Any]:
+    settings = make_run(folder, model_type, **changes)
+    convert_init(resolve(folder / "source"), folder / "gated", block_size=4, gated=PARTS)
+    return {**settings, "base_model": str(folder / "gated")}
+
+
+def train(settings: dict[str, Any]) -> Path:
+    return midtrain(MidtrainRecipe(**settings), lambda _progress: None)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("model_type", ["zaya", "qwen3_moe", "mixtral"])
+@torch.no_grad()
+def test_a_trained_gated_checkpoint_is_its_source_wherever_it_is_not_asked_to_draft(
+    model_type: str, tmp_path: Path
+) -> None:
+    # From the data: the AR distribution of random weights holds little to learn.
+    settings = gated_run(tmp_path, model_type, diffusion={"objective": "data"})
+    with torch.enable_grad():
+        trained = train(settings)
+    source = tmp_path / "source"
+    for shard in source.glob("*.safetensors"):
+        assert sha256(trained / shard.name) == sha256(shard), "the source's weights, byte for byte"
+    losses = [row["loss_diffusion"] for row in metrics_of(Path(settings["output_dir"]))]
+    assert losses[-1] < losses[0] - 0.1, "mask slots must have learnt what a frozen random head can say"
+
+    plain, _ = load_model(resolve(source), dtype="float32", device="cpu")
+    loaded, _ = load_model(resolve(trained), dtype="float32", device="cpu")
+    layout, ids = layout_model_of(loaded), random_ids((1, 20), seed=1) % 50
+    assert layout.gated is not None
+    expected = plain(ids, use_cache=False).logits
+    assert torch.equal(loaded(ids, use_cache=False).logits, expected), "exactly, not nearly"
+
+    tidar, prompt = require_converted(resolve(trained)), ids[0, :6].tolist()
+    lossless = DecodePlan.tidar(tidar, Sampling(), frozenset())
+    causal = DecodePlan.autoregressive(tidar.mask_token_id, Sampling(), frozenset())
+    text = [token for step in decode(layout, prompt, lossless, 24) for token in step.tokens]
+    assert text == [token for step in decode(LayoutModel(plain), prompt, causal, 24) for token in step.tokens]
+
+
+def test_a_gated_run_stopped_and_started_again_equals_the_uninterrupted_one(tmp_path: Path) -> None:
+    settings = gated_run(tmp_path, max_steps=8)
+    whole = train({**settings, "output_dir": str(tmp_path / "whole")})
+
+    class Stop(Exception):
+        pass
+
+    def stop_at_five(progress: Any) -> None:
+        if progress.metrics is not None and progress.metrics["step"] == 5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        midtrain(MidtrainRecipe(**settings), stop_at_five)
+    state = torch.load(tmp_path / "run" / "train_state" / "step-00000004" / "state.pt", weights_only=True)
+    assert all(name.startswith(("modules_by_name", "mask_embedding")) for name in state["model"]), "gated weights only"
+    resumed = train(settings)
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
+    assert sha256(resumed / GATED_FILE) == sha256(whole / GATED_FILE)
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    settings = gated_run(tmp_path, max_steps=3)
+    folders = []
+    for name, on in (("plain", False), ("again", True)):
+        folders.append(train({**settings, "output_dir": str(tmp_path / name), "gradient_checkpointing": on}))
+    losses = [[row["loss_diffusion"] for row in metrics_of(folder.parent)] for folder in folders]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_an_export_drafts_with_its_gated_weights_where_zconvert_is_unknown(tmp_path: Path) -> None:
+    trained = train(gated_run(tmp_path, "mixtral", max_steps=40))
+    export(resolve(trained), tmp_path / "exported")
+    code = f"""
+import json, sys
+sys.modules["zconvert"] = None
+import torch
+from transformers import AutoModelForCausalLM
+folder = {str(tmp_path / "exported")!r}
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+ids = torch.tensor([[5, 6, 7, 8]])
+text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=[])
+layout = model.__dict__["_tidar_layout_model"]
+total = sum(float(p.abs().sum()) for p in layout.gated.parameters())
+print(json.dumps([text[0].tolist(), total]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    text, total = json.loads(done.stdout.splitlines()[-1])
+    model, _ = load_model(resolve(trained), dtype="float32", device="cpu")
+    layout = layout_model_of(model)
+    assert layout.gated is not None
+    assert total == pytest.approx(sum(float(p.detach().abs().sum()) for p in layout.gated.parameters()), rel=1e-5)
+    plain, _ = load_model(resolve(tmp_path / "source"), dtype="float32", device="cpu")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": []}
+    suppressed = model.generation_config.suppress_tokens
+    expected = plain.generate(ids, attention_mask=torch.ones_like(ids), suppress_tokens=suppressed, **options)
+    assert text == expected[0].tolist()
+
+
+def test_an_untrained_gated_checkpoint_is_not_exported(tmp_path: Path) -> None:
+    gated_run(tmp_path)
+    with pytest.raises(UserError, match="no gated weights yet"):
+        export(resolve(tmp_path / "gated"), tmp_path / "exported")
+
+
+def test_gated_mode_needs_a_row_for_the_mask_token(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "full", "mixtral", spare_rows=0)
+    with pytest.raises(UserError, match="no row left"):
+        convert_init(resolve(tmp_path / "full"), tmp_path / "out", block_size=4, gated=PARTS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_divergence_is_the_sum_over_slots_whatever_the_chunks() -> None:
+    torch.manual_seed(0)
+
+    class Head:
+        weight = torch.randn(11, 6)
+
+        def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden @ self.weight.T
+
+    hidden, teacher = torch.randn(9, 6, requires_grad=True), torch.randn(9, 6)
+    labels, starts = torch.randint(0, 11, (9,)), torch.tensor([True] + [False] * 8)
+    q = (hidden @ Head.weight.T).log_softmax(-1)
+    p = (teacher @ Head.weight.T).softmax(-1)
+    p[0] = F.one_hot(labels[0], 11).float()
+    expected = (torch.where(p > 0, p * (p.clamp_min(1e-30).log() - q), 0)).sum()
+    for chunk_size in (2, 4, 100):
+        got, right = divergence_sum(Head(), hidden, teacher, labels, starts, chunk_size)  # type: ignore[arg-type]
+        torch.testing.assert_close(got, expected)
+        assert torch.equal(right, q.argmax(-1) == p.argmax(-1))
+    got.backward()
+    assert hidden.grad is not None

@@ -6,7 +6,6 @@ added token gets the id that follows the last one, whatever id its entry asks fo
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 from zconvert.checkpoint.headers import Headers, TensorInfo
 from zconvert.checkpoint.json_patch import append_to_list, parse_json_object, patch_json, read_json, read_json_text
+from zconvert.checkpoint.tokenizer_file import read_without_merges
 from zconvert.errors import UserError
 from zconvert.tidar.families import language_config
 
@@ -29,10 +29,6 @@ EMBEDDING_NAMES = (
     *("language_model.model.embed_tokens.weight", "model.language_model.embed_tokens.weight"),  # composite models
 )
 HEAD_NAMES = ("lm_head.weight", "embed_out.weight", "output.weight", "language_model.lm_head.weight")
-
-# The vocabulary that was read last, and the hash of its file: parsing one of 35 MB takes half a second, hashing it
-# 40 ms, and a conversion asks for it several times.
-_last_read: tuple[bytes, Vocabulary] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,12 +71,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
             fix="copy the tokenizer's files into the folder; for older ones "
             f"AutoTokenizer.from_pretrained(SOURCE).save_pretrained(DIR) writes {TOKENIZER_FILE}",
         )
-    global _last_read
-    text = read_json_text(path)
-    digest = hashlib.blake2b(text.encode()).digest()
-    if _last_read is None or _last_read[0] != digest:
-        _last_read = digest, _vocabulary(parse_json_object(text, str(path)), path)
-    return _last_read[1]
+    return _vocabulary(parse_json_object(read_without_merges(path), str(path)), path)
 
 
 def embedding_tensor(headers: Headers, config: dict[str, Any]) -> TensorInfo:

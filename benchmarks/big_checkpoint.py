@@ -2,6 +2,7 @@
 
     python benchmarks/big_checkpoint.py make FOLDER/zaya               # 17.7 GB in 4 shards of at most 5 GB
     python benchmarks/big_checkpoint.py make FOLDER/many --shard-mb 250  # the same in more than 64 shards
+    python benchmarks/big_checkpoint.py make FOLDER/wide --more-shards 64  # 64 shards more, the edited one as large
     python benchmarks/big_checkpoint.py measure FOLDER/zaya             # needs room for one more shard, twice
 
 Shapes and configuration are those of transformers' default `ZayaConfig`; no model is built. The tokenizer is a BPE of
@@ -42,10 +43,11 @@ _CHUNK = 16 * 1024 * 1024
 _PAUSE_S = 6
 
 
-def make(folder: Path, shard_bytes: int) -> None:
-    """Writes the checkpoint; the same bytes each time."""
+def make(folder: Path, shard_bytes: int, more_shards: int = 0) -> None:
+    """Writes the checkpoint; the same bytes each time. `more_shards` of 17 MB stand for those of a larger model."""
     folder.mkdir(parents=True)
     shards = _shards(_tensors(), shard_bytes)
+    shards += [[TensorInfo(f"model.more.{n}.weight", "BF16", (4096, 2048), "", 0, 0)] for n in range(more_shards)]
     names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
     random_bytes = np.random.Generator(np.random.SFC64(0))
     for name, tensors in zip(names, shards, strict=True):
@@ -241,13 +243,14 @@ def main() -> None:
     making.add_argument("folder", type=Path)
     making.add_argument("--shard-mb", type=int, default=5000, help="most of a shard, in MB (default: 5000)")
     measuring = commands.add_parser("measure", help="measure convert-init and inspect on it; prints JSON")
+    making.add_argument("--more-shards", type=int, default=0, help="so many small shards besides (default: none)")
     measuring.add_argument("folder", type=Path)
     measuring.add_argument("--work", type=Path, help="folder to write to (default: beside the checkpoint)")
     measuring.add_argument("--runs", type=int, default=5, help="rounds that count (default: 5)")
     measuring.add_argument("--cold", action="store_true", help="the weights leave the page cache before each round")
     arguments = parser.parse_args()
     if arguments.command == "make":
-        make(arguments.folder, arguments.shard_mb * 1_000_000)
+        make(arguments.folder, arguments.shard_mb * 1_000_000, arguments.more_shards)
         return
     work = arguments.work or arguments.folder.parent / "work"
     with contextlib.ExitStack() as stack:

@@ -68,7 +68,9 @@ def _masks(plain: Any, prefix: int, block: int) -> Any:
         return mask(window if "create_sliding_window_causal_mask" in source else None)
     full, chunk = mask(), getattr(config, "attention_chunk_size", None)
     return {
-        **dict.fromkeys(("full_attention", "attention", "indexed_attention", "hybrid"), full),
+        **dict.fromkeys(
+            ("full_attention", "attention", "indexed_attention", "deepseek_sparse_attention", "hybrid"), full
+        ),
         **dict.fromkeys(("sliding_attention", "hybrid_sliding"), mask(window)),
         "chunked_attention": mask(chunk=chunk),
         **dict.fromkeys(("conv", "linear_attention")),

@@ -14,10 +14,12 @@ ATTENTION_LAYERS = (
     "sliding_attention",
     "chunked_attention",
     "indexed_attention",
+    "deepseek_sparse_attention",
     "hybrid",
     "hybrid_sliding",
 )
-"""kinds of layers in which the attention mask decides what a token reads (ZAYA and Inkling call theirs hybrid)"""
+"""kinds of layers in which the attention mask decides what a token reads (ZAYA and Inkling call theirs hybrid; sparse
+indexed attention has the longer name in configurations up to transformers 5.17)"""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def _rows(*model_types: str, **properties: Any) -> dict[str, Family]:
     return {model_type: Family(model_type, **properties) for model_type in model_types}
 
 
-_INDEXED = ("indexed_attention",)
+_INDEXED = ("indexed_attention", "deepseek_sparse_attention")
 FAMILIES = {
     # Mixture-of-experts models.
     **_rows("aria_text", "dbrx", "ernie4_5_moe", "flex_olmo", "glm4_moe", "hunyuan_v1_moe", "hy_v3", "jetmoe", "olmoe"),

@@ -47,6 +47,9 @@ def hub(tiny_checkpoint: Callable[..., Path]) -> Iterator[LoopbackHub]:
     (sharded / "pytorch_model.bin").write_bytes(b"pickle")
     (sharded / "LICENSE").write_text("Apache-2.0")
     (sharded / "modeling.py").write_text("raise SystemExit")
+    for inner in ("tidar/gated.safetensors", "original/model.safetensors"):
+        (sharded / inner).parent.mkdir()
+        (sharded / inner).write_bytes(b"weights")
     empty = sharded.parent / "empty"
     empty.mkdir()
     (empty / "README.md").write_text("nothing")
@@ -76,8 +79,9 @@ def test_a_hub_id_is_fetched_with_its_weights_and_licence_but_no_pickles_or_code
     assert answer["describe"]["revision"] == COMMIT
     assert answer["describe"]["next"].startswith(f"zconvert convert-init org/sharded --revision {COMMIT} --out ")
     assert {"config.json", "LICENSE", "tokenizer.json", "model-00001-of-00004.safetensors"} <= set(answer["files"])
-    assert not {"pytorch_model.bin", "modeling.py"} & set(answer["files"])
-    weights = sum(shard["bytes"] for shard in answer["describe"]["shards"])
+    assert not {"pytorch_model.bin", "modeling.py", "original"} & set(answer["files"])
+    assert (Path(answer["folder"]) / "tidar" / "gated.safetensors").read_bytes() == b"weights"
+    weights = sum(shard["bytes"] for shard in answer["describe"]["shards"]) + len(b"weights")
     assert answer["told"][-1] == [weights, weights]
     assert sorted(answer["told"]) == answer["told"]
 
@@ -132,14 +136,14 @@ def test_what_cannot_be_converted_is_refused_before_weights_are_fetched(
 
 def test_only_the_files_that_are_needed_are_fetched(ask: Callable[..., Any], hub: LoopbackHub) -> None:
     folder = hub.repositories["org/sharded"]
-    wanted = {path.name for path in folder.iterdir()} - {"pytorch_model.bin", "modeling.py"}
+    wanted = {path.name for path in folder.iterdir()} - {"pytorch_model.bin", "modeling.py", "original"}
     others = ("model.pth", "x.gguf", "consolidated.safetensors", "adapter_model.safetensors", "tf_model.h5", "run.pt")
     for name in (*others, "onnx/model.onnx", "original/model.safetensors", "original/params.json"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"of no use here")
     answer = ask("org/sharded")
     assert set(answer["files"]) == wanted
-    assert not set(hub.sent) - wanted
+    assert not {name.split("/")[0] for name in hub.sent} - wanted - {"gated.safetensors"}
 
 
 def test_pickled_weights_alone_are_refused_with_how_to_convert_them(ask: Callable[..., Any], hub: LoopbackHub) -> None:

@@ -1,4 +1,4 @@
-"""The tiny models of the contract tests: adding a family is one more row in `CONTRACT_MODELS`."""
+"""The tiny models on which every detail of the contracts is tested; families.py has one of every family."""
 
 from __future__ import annotations
 

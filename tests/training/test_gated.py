@@ -136,6 +136,16 @@ print(json.dumps([text[0].tolist(), total]))
     assert text == expected[0].tolist()
 
 
+def test_trained_gated_weights_that_are_missing_are_not_made_up(tmp_path: Path) -> None:
+    trained = train(gated_run(tmp_path, "mixtral", max_steps=3))
+    model, _ = load_model(resolve(trained), dtype="float32", device="cpu")
+    (trained / GATED_FILE).unlink()
+    with pytest.raises(UserError, match="gated weights of run are missing"):
+        load_model(resolve(trained), dtype="float32", device="cpu")
+    with pytest.raises(ValueError, match="lacks tidar/gated"):
+        layout_model_of(model)
+
+
 def test_an_untrained_gated_checkpoint_is_not_exported(tmp_path: Path) -> None:
     gated_run(tmp_path)
     with pytest.raises(UserError, match="no gated weights yet"):

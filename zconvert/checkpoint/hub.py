@@ -13,10 +13,11 @@ from typing import Any, BinaryIO, cast
 
 from zconvert.checkpoint.headers import INDEX_FILE, MAX_HEADER_BYTES, SINGLE_FILE, ShardFiles
 from zconvert.errors import UserError
+from zconvert.tidar.settings import GATED_FILE
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*", "README.md"]
 # Copies for other programs are in sub-folders; additional_chat_templates/*.jinja is the one that is wanted.
-_IGNORED = ["*/*.json", "*/*.txt", "*/*.model", "*/*.tiktoken", "*/*.safetensors"]
+_IGNORED = ["*/*.json", "*/*.txt", "*/*.model", "*/*.tiktoken"]
 
 _TRIES_IN_VAIN = 3
 
@@ -60,7 +61,7 @@ def fetch(
                     name,
                     revision=revision,
                     token=token,
-                    allow_patterns=[*SMALL_FILES, *map(glob.escape, shards)],
+                    allow_patterns=[*SMALL_FILES, *map(glob.escape, [*shards, GATED_FILE] if shards else [])],
                     ignore_patterns=_IGNORED,
                     tqdm_class=reporter,
                 )

@@ -10,6 +10,7 @@ from zconvert.checkpoint.mask_token import read_vocabulary
 from zconvert.checkpoint.source import Source, headers_of, read_config, tidar_settings
 from zconvert.errors import UserError
 from zconvert.tidar.families import language_config
+from zconvert.tidar.settings import GATED_FILE
 
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -122,6 +123,14 @@ def _check_files(source: Source) -> None:
             found=f"no token {settings.mask_token!r}" if found is None else f"{settings.mask_token!r} has id {found}",
             expected=f"the mask token {settings.mask_token!r} with id {settings.mask_token_id}",
             fix="copy the tokenizer's files from the converted checkpoint",
+        )
+    trained = settings.stages if settings is not None and settings.mode == "gated" else ()
+    if trained and not (source.folder / GATED_FILE).exists():
+        raise UserError(
+            f"the gated weights of {source.name} are missing",
+            found=f"no {GATED_FILE}",
+            expected=f"the weights that {', '.join(trained)} trained",
+            fix="copy or download the checkpoint again, with its folders",
         )
 
 

@@ -188,6 +188,8 @@ def add_gated(layout_model: LayoutModel, settings: TidarSettings) -> None:
     path = _gated_file(model.config)
     if path is not None:
         weights.load_state_dict(load_file(path))
+    elif settings.stages:
+        raise ValueError(f"the checkpoint lacks {GATED_FILE}, the weights that {', '.join(settings.stages)} trained")
     weights.to(device=layout_model.device, dtype=model.dtype)
 
 

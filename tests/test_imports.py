@@ -14,15 +14,14 @@ import zconvert
 
 PACKAGE = Path(zconvert.__file__).parent
 
-LEAVES = {"errors", "recipe", "recipe_yaml", "tidar"}
+LEAVES = {"errors", "recipe", "tidar"}
 LIBRARY = LEAVES | {"data", "checkpoint", "planning"}
 ALLOWED = {
     "__init__": set(),
     "__main__": {"cli"},
     "errors": set(),
     "tidar": set(),
-    "recipe_yaml": set(),
-    "recipe": {"errors", "recipe_yaml", "tidar.settings"},  # settings: one definition of the block size and its checks
+    "recipe": {"errors", "tidar.settings"},  # settings: one definition of the block size and its checks
     "data": LEAVES,
     "checkpoint": LEAVES,
     "planning": LEAVES | {"checkpoint"},

@@ -1,0 +1,180 @@
+"""Recipe files: read, checked whole with every problem in one error, and written."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from zconvert.errors import UserError
+from zconvert.recipe.convert_init import ConvertInitRecipe
+from zconvert.recipe.sections import Recipe
+from zconvert.recipe.training import MidtrainRecipe
+from zconvert.recipe.yaml_text import KeyPath, Problem, dotted, read_yaml, write_yaml
+
+_MAX_RECIPE_BYTES = 1_000_000
+_STAGES: dict[str, type[Recipe]] = {"convert-init": ConvertInitRecipe, "midtrain": MidtrainRecipe}
+
+RecipeT = TypeVar("RecipeT", bound=Recipe)
+
+
+def load_recipe(path: Path, model_class: type[RecipeT]) -> RecipeT:
+    """Reads and checks a recipe file; nothing else is touched.
+
+    Args:
+        path: YAML file.
+        model_class: the stage's recipe, such as `MidtrainRecipe`.
+
+    Raises:
+        UserError: the file cannot be read, or its contents are wrong; all unknown keys and bad values in one error.
+    """
+    values, lines, problems = _read_file(path)
+    recipe: RecipeT | None = None
+    try:
+        recipe = model_class.model_validate(values)
+    except ValidationError as error:
+        problems += _problems(error, model_class, lines)
+    if problems or recipe is None:
+        stage = next(name for name, kind in _STAGES.items() if kind is model_class)
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError(
+            f"{path} is not a valid {stage} recipe: {count}",
+            found="\n".join(f"- {problem.sentence}" for problem in sorted(problems, key=lambda problem: problem.line)),
+            fix="correct these; recipes/ has a commented example of each stage",
+        )
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, with every setting written out; `load_recipe` reads an equal recipe back."""
+    return write_yaml(recipe.model_dump(mode="json"))
+
+
+def _read_file(path: Path) -> tuple[dict[Any, Any], dict[KeyPath, int], list[Problem]]:
+    try:
+        size = path.stat().st_size
+        if path.is_dir() or size > _MAX_RECIPE_BYTES:
+            raise UserError(
+                f"{path} is not a recipe",
+                found="a folder" if path.is_dir() else f"a file of {size:,} bytes",
+                expected=f"a YAML file of at most {_MAX_RECIPE_BYTES:,} bytes",
+                fix="give the path of a recipe, such as recipes/quickstart/midtrain.yaml",
+            )
+        return read_yaml(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"there is no recipe {path}", fix="check the path; recipes/ has some to copy") from None
+    except OSError as error:
+        raise UserError(f"recipe {path} cannot be read", found=error.strerror) from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a recipe", found="bytes that are not UTF-8", expected="a YAML file") from None
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not a recipe", found=error, expected="one YAML mapping of `key: value` lines"
+        ) from None
+
+
+def _problems(error: ValidationError, model: type[Recipe], lines: dict[KeyPath, int]) -> Iterator[Problem]:
+    """One sentence for each item that pydantic found wrong; a value with several faults is named once."""
+    seen: set[KeyPath] = set()
+    for item in error.errors(include_url=False):
+        path = _key_path(item["loc"], lines, missing=item["type"] == "missing")
+        if path in seen:
+            continue
+        seen.add(path)
+        line = lines.get(path, 0)
+        name = dotted(path) + (f" (line {line})" if line else "")
+        if item["type"] == "extra_forbidden":
+            yield Problem(line, f"{name} is not a known key{_suggestion(path, model, lines)}")
+        elif item["type"] == "missing":
+            yield Problem(line, f"{name} is missing{_described(path, model)}")
+        else:
+            reason = str(item["ctx"]["error"]) if item["type"] == "value_error" else _expected(item, path)
+            yield Problem(line, f"{name} is {_as_written(item['input'])}: {reason}" if line else f"{name}: {reason}")
+
+
+def _as_written(value: Any) -> str:
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+
+
+def _key_path(loc: tuple[str | int, ...], lines: dict[KeyPath, int], *, missing: bool) -> KeyPath:
+    """The key that an error is about: pydantic adds names of union members behind it, and names aliases' fields."""
+    path = tuple(loc)
+    if missing:
+        return path
+    while len(path) > 1 and path not in lines and path[:-1] in lines:
+        path = path[:-1]
+    return path
+
+
+def _expected(item: Any, path: KeyPath) -> str:
+    """What was expected there, in words (pydantic's own say "Input should be …")."""
+    words = {
+        "string_pattern_mismatch": "expected mean, zero, random or copy:<token>",
+        "string_type": "expected text; put it in quotes if it is meant so",
+        "string_too_short": "expected text",
+        "int_type": "expected a whole number",
+        "float_type": "expected a number",
+        "bool_type": "expected true or false",
+        "finite_number": "expected a finite number",
+        "model_type": "expected a section of `key: value` lines",
+        "list_type": "expected a list",
+        "too_short": "expected at least one entry",
+    }
+    if path[-1] == "mask_token":
+        return "expected the token's text or its id"
+    message = str(item["msg"])
+    return words.get(item["type"], message.replace("Input should be", "expected", 1))
+
+
+def _suggestion(path: KeyPath, model: type[Recipe], lines: dict[KeyPath, int]) -> str:
+    name = str(path[-1])
+    if name == "block_length" and (*path[:-1], "block_size") in lines:
+        return " beside block_size, which says the same: keep block_size"
+    section = _section(model, path[:-1])
+    known = list(section.model_fields) if section else []
+    near = difflib.get_close_matches(name, known, n=1)
+    if near:
+        return f", did you mean {near[0]}?"
+    places = [dotted(place) for place in _all_keys(model) if place[-1] == name]
+    if places:
+        return f" here, it belongs at {places[0]}"
+    stages = [stage for stage, other in _STAGES.items() if any(place[-1] == name for place in _all_keys(other))]
+    if stages:
+        return f" here, it belongs to a {stages[0]} recipe"
+    near = difflib.get_close_matches(name, [str(place[-1]) for place in _all_keys(model)], n=1)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def _described(path: KeyPath, model: type[Recipe]) -> str:
+    section = _section(model, path[:-1])
+    field = section.model_fields.get(str(path[-1])) if section else None
+    return f" ({field.description})" if field else ""
+
+
+def _section(model: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
+    """The model class of the section at `path`, through lists."""
+    for part in path:
+        if isinstance(part, str):
+            inner = _model_in(model.model_fields[part].annotation) if part in model.model_fields else None
+            if inner is None:
+                return None
+            model = inner
+    return model
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _model_in(arg))), None)
+
+
+def _all_keys(model: type[BaseModel], prefix: KeyPath = ()) -> Iterator[KeyPath]:
+    for name, field in model.model_fields.items():
+        yield (*prefix, name)
+        inner = _model_in(field.annotation)
+        if inner is not None:
+            yield from _all_keys(inner, (*prefix, name))

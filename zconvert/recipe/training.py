@@ -1,0 +1,89 @@
+"""The recipes of the training stages."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from zconvert.recipe.data import DatasetRecipe
+from zconvert.recipe.sections import Count, CountOrZero, Recipe, Section, Share, Text
+
+
+class MidtrainDiffusion(Section):
+    """The `diffusion:` section of a midtrain recipe."""
+
+    alpha: float = Field(
+        1.0,
+        ge=0,
+        description="weight of the AR loss: loss = (alpha · AR + diffusion) / (1 + alpha); gated checkpoints have none",
+    )
+    objective: Literal["data", "forward_kl"] | None = Field(
+        None,
+        description="what mask slots learn: the data's tokens, or the AR distribution of the same position "
+        "(KL divergence from it); null: forward_kl for gated checkpoints, data for others",
+    )
+    block_offset: Literal["zero", "random"] = Field(
+        "zero", description="phase of the blocks: zero starts one at each document, random draws it per document"
+    )
+
+
+class MidtrainRecipe(Recipe):
+    """Recipe of `zconvert midtrain`."""
+
+    datasets: list[DatasetRecipe] = Field(min_length=1, description="training documents, all of them in each epoch")
+
+    sequence_len: int = Field(1024, ge=2, description="clean tokens per row")
+    sample_packing: bool = Field(True, description="several whole documents per row; false: one document per row")
+    micro_batch_size: Count = Field(1, description="rows per forward")
+    gradient_accumulation_steps: Count = Field(1, description="forwards per optimizer step")
+
+    max_steps: Count = Field(description="optimizer steps of the whole run")
+    learning_rate: float = Field(2e-5, gt=0, lt=1, description="peak learning rate")
+    lr_scheduler: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="after warm-up: cosine decay, wsd (flat, then linear decay) or constant"
+    )
+    warmup_steps: CountOrZero = Field(0, description="steps of linear warm-up, within max_steps")
+    decay_steps: CountOrZero = Field(0, description="last steps, in which wsd decays; 0 with the other schedules")
+    min_lr_ratio: Share = Field(0.0, description="learning rate at the end, as a share of the peak")
+
+    weight_decay: float = Field(0.1, ge=0, lt=1, description="AdamW weight decay of matrices; vectors have none")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW decay of the gradient's mean")
+    adam_beta2: float = Field(0.95, ge=0, lt=1, description="AdamW decay of the gradient's square")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW epsilon")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="number format of the forward pass")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about a third slower")
+    loss_chunk_size: Count = Field(4096, description="tokens per chunk of the loss; bounds the memory of logits")
+    experts_implementation: Literal["eager", "grouped_mm", "batched_mm"] | None = Field(
+        None, description="how transformers computes experts; null: what suits the device"
+    )
+    num_threads: Count | None = Field(None, description="CPU threads; null: torch's own choice")
+
+    logging_steps: Count = Field(10, description="steps between progress reports and lines of metrics.jsonl")
+    save_steps: Count = Field(500, description="steps between train states, for resuming; the last step saves one too")
+    save_total_limit: Count = Field(2, description="train states kept")
+    save_dtype: Literal["source", "float32", "bfloat16"] = Field(
+        "source", description="number format of the checkpoint written; source: each tensor as in base_model"
+    )
+    resume_from_checkpoint: Text = Field(
+        "auto", description="auto: go on from the newest train state in output_dir; never; or a train state's folder"
+    )
+    diffusion: MidtrainDiffusion = Field(MidtrainDiffusion(), description="the diffusion objective")
+
+    @field_validator("warmup_steps", "decay_steps")
+    @classmethod
+    def _within_the_run(cls, steps: int, info: ValidationInfo) -> int:
+        max_steps, warmup = info.data.get("max_steps"), info.data.get("warmup_steps", 0)
+        if info.field_name == "decay_steps" and "lr_scheduler" in info.data:
+            scheduler = info.data["lr_scheduler"]
+            if scheduler == "wsd" and steps == 0:
+                raise ValueError("expected at least 1, since lr_scheduler is wsd")
+            if scheduler != "wsd" and steps > 0:
+                raise ValueError(f"expected 0, since lr_scheduler is {scheduler}")
+        if max_steps is not None and info.field_name == "warmup_steps" and steps > max_steps:
+            raise ValueError(f"expected at most max_steps, {max_steps}")
+        if max_steps is not None and info.field_name == "decay_steps" and steps > max(0, max_steps - warmup):
+            raise ValueError(f"expected at most max_steps − warmup_steps, {max(0, max_steps - warmup)}")
+        return steps

@@ -27,8 +27,8 @@ from zconvert.tidar.decoding import DecodePlan, decode
 from zconvert.tidar.generate import layout_model_of
 from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.settings import GATED_FILE, GatedParts
+from zconvert.training import stages
 from zconvert.training.objective import divergence_sum
-from zconvert.training.stages import midtrain
 
 PARTS = GatedParts(rank=4, mlp_width=16)
 
@@ -40,7 +40,7 @@ def gated_run(folder: Path, model_type: str = "zaya", **changes: Any) -> dict[st
 
 
 def train(settings: dict[str, Any]) -> Path:
-    return midtrain(MidtrainRecipe(**settings), lambda _progress: None)
+    return stages.train(MidtrainRecipe(**settings), lambda _progress: None)
 
 
 def sha256(path: Path) -> str:
@@ -88,7 +88,7 @@ def test_a_gated_run_stopped_and_started_again_equals_the_uninterrupted_one(tmp_
             raise Stop
 
     with pytest.raises(Stop):
-        midtrain(MidtrainRecipe(**settings), stop_at_five)
+        stages.train(MidtrainRecipe(**settings), stop_at_five)
     state = torch.load(tmp_path / "run" / "train_state" / "step-00000004" / "state.pt", weights_only=True)
     assert all(name.startswith(("modules_by_name", "mask_embedding")) for name in state["model"]), "gated weights only"
     resumed = train(settings)

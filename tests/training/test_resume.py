@@ -19,12 +19,12 @@ from tests.checkpoint.disk import small_disk
 from tests.training.runs import make_run, metrics_of
 from zconvert.errors import UserError
 from zconvert.recipe import MidtrainRecipe
-from zconvert.training.stages import midtrain
+from zconvert.training import stages
 from zconvert.training.state import load_latest, save_state, states_in
 
 
 def _train(settings: dict[str, Any]) -> Path:
-    return midtrain(MidtrainRecipe(**settings), lambda _progress: None)
+    return stages.train(MidtrainRecipe(**settings), lambda _progress: None)
 
 
 def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -9,6 +9,14 @@ from zconvert.recipe.convert_init import ConvertInitRecipe
 from zconvert.recipe.data import DatasetRecipe
 from zconvert.recipe.loading import dump_recipe, load_recipe
 from zconvert.recipe.sections import Recipe
-from zconvert.recipe.training import MidtrainRecipe
+from zconvert.recipe.training import MidtrainRecipe, TrainingRecipe
 
-__all__ = ["ConvertInitRecipe", "DatasetRecipe", "MidtrainRecipe", "Recipe", "dump_recipe", "load_recipe"]
+__all__ = [
+    "ConvertInitRecipe",
+    "DatasetRecipe",
+    "MidtrainRecipe",
+    "Recipe",
+    "TrainingRecipe",
+    "dump_recipe",
+    "load_recipe",
+]

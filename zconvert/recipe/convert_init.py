@@ -59,4 +59,6 @@ class ConvertInitDiffusion(Section):
 class ConvertInitRecipe(Recipe):
     """Recipe of `zconvert convert-init`."""
 
+    stage = "convert-init"
+
     diffusion: ConvertInitDiffusion = Field(ConvertInitDiffusion(), description="what makes it a diffusion model")

@@ -17,7 +17,7 @@ from zconvert.recipe.training import MidtrainRecipe
 from zconvert.recipe.yaml_text import KeyPath, Problem, dotted, read_yaml, write_yaml
 
 _MAX_RECIPE_BYTES = 1_000_000
-_STAGES: dict[str, type[Recipe]] = {"convert-init": ConvertInitRecipe, "midtrain": MidtrainRecipe}
+_RECIPES: tuple[type[Recipe], ...] = (ConvertInitRecipe, MidtrainRecipe)
 
 RecipeT = TypeVar("RecipeT", bound=Recipe)
 
@@ -39,10 +39,9 @@ def load_recipe(path: Path, model_class: type[RecipeT]) -> RecipeT:
     except ValidationError as error:
         problems += _problems(error, model_class, lines)
     if problems or recipe is None:
-        stage = next(name for name, kind in _STAGES.items() if kind is model_class)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise UserError(
-            f"{path} is not a valid {stage} recipe: {count}",
+            f"{path} is not a valid {model_class.stage} recipe: {count}",
             found="\n".join(f"- {problem.sentence}" for problem in sorted(problems, key=lambda problem: problem.line)),
             fix="correct these; recipes/ has a commented example of each stage",
         )
@@ -142,7 +141,7 @@ def _suggestion(path: KeyPath, model: type[Recipe], lines: dict[KeyPath, int]) -
     places = [dotted(place) for place in _all_keys(model) if place[-1] == name]
     if places:
         return f" here, it belongs at {places[0]}"
-    stages = [stage for stage, other in _STAGES.items() if any(place[-1] == name for place in _all_keys(other))]
+    stages = [other.stage for other in _RECIPES if any(place[-1] == name for place in _all_keys(other))]
     if stages:
         return f" here, it belongs to a {stages[0]} recipe"
     near = difflib.get_close_matches(name, [str(place[-1]) for place in _all_keys(model)], n=1)

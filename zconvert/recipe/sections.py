@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,6 +21,9 @@ class Section(BaseModel):
 
 class Recipe(Section):
     """What every stage's recipe has."""
+
+    stage: ClassVar[str]
+    """the command that takes it"""
 
     base_model: Text = Field(description="checkpoint to start from: a local folder, a run's folder or a Hub id")
     revision: Text | None = Field(None, description="Hub branch, tag or commit of base_model; null: its main branch")

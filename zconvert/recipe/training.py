@@ -10,8 +10,8 @@ from zconvert.recipe.data import DatasetRecipe
 from zconvert.recipe.sections import Count, CountOrZero, Recipe, Section, Share, Text
 
 
-class MidtrainDiffusion(Section):
-    """The `diffusion:` section of a midtrain recipe."""
+class TrainingDiffusion(Section):
+    """The `diffusion:` section of a training stage's recipe."""
 
     alpha: float = Field(
         1.0,
@@ -28,8 +28,8 @@ class MidtrainDiffusion(Section):
     )
 
 
-class MidtrainRecipe(Recipe):
-    """Recipe of `zconvert midtrain`."""
+class TrainingRecipe(Recipe):
+    """What the recipe of every training stage has."""
 
     datasets: list[DatasetRecipe] = Field(min_length=1, description="training documents, all of them in each epoch")
 
@@ -70,7 +70,7 @@ class MidtrainRecipe(Recipe):
     resume_from_checkpoint: Text = Field(
         "auto", description="auto: go on from the newest train state in output_dir; never; or a train state's folder"
     )
-    diffusion: MidtrainDiffusion = Field(MidtrainDiffusion(), description="the diffusion objective")
+    diffusion: TrainingDiffusion = Field(TrainingDiffusion(), description="the diffusion objective")
 
     @field_validator("warmup_steps", "decay_steps")
     @classmethod
@@ -87,3 +87,9 @@ class MidtrainRecipe(Recipe):
         if max_steps is not None and info.field_name == "decay_steps" and steps > max(0, max_steps - warmup):
             raise ValueError(f"expected at most max_steps − warmup_steps, {max(0, max_steps - warmup)}")
         return steps
+
+
+class MidtrainRecipe(TrainingRecipe):
+    """Recipe of `zconvert midtrain`."""
+
+    stage = "midtrain"

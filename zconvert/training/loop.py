@@ -23,7 +23,7 @@ import torch
 from zconvert.checkpoint.folder import writing
 from zconvert.data.packing import Batch, PackedRows
 from zconvert.errors import UserError
-from zconvert.recipe import MidtrainRecipe
+from zconvert.recipe import TrainingRecipe
 from zconvert.tidar.generate import layout_model_of
 from zconvert.tidar.settings import TidarSettings
 from zconvert.training.objective import LossSums, Targets, expected_accepted, packed_losses
@@ -71,7 +71,7 @@ class Trainer:
     """One run of one stage in one process."""
 
     def __init__(
-        self, model: Any, rows: PackedRows, recipe: MidtrainRecipe, settings: TidarSettings, on_progress: OnProgress
+        self, model: Any, rows: PackedRows, recipe: TrainingRecipe, settings: TidarSettings, on_progress: OnProgress
     ) -> None:
         """Sets up the optimizer; nothing is read or written yet.
 

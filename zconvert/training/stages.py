@@ -15,14 +15,12 @@ from zconvert.checkpoint.weights import save_gated, save_trained
 from zconvert.data.documents import load_documents
 from zconvert.data.packing import PackedRows
 from zconvert.errors import UserError
-from zconvert.recipe import MidtrainRecipe, dump_recipe
+from zconvert.recipe import TrainingRecipe, dump_recipe
 from zconvert.training.loop import OnProgress, Progress, Trainer
 
-STAGE = "midtrain"
 
-
-def midtrain(recipe: MidtrainRecipe, on_progress: OnProgress) -> Path:
-    """Trains a converted checkpoint on both losses.
+def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
+    """Runs a training stage on a converted checkpoint.
 
     Args:
         recipe: of the stage.
@@ -68,7 +66,7 @@ def midtrain(recipe: MidtrainRecipe, on_progress: OnProgress) -> Path:
     trainer.run()
     on_progress(Progress(message=f"writing {final}"))
     trained = dataclasses.replace(
-        settings, block_offset=recipe.diffusion.block_offset, stages=(*settings.stages, STAGE)
+        settings, block_offset=recipe.diffusion.block_offset, stages=(*settings.stages, recipe.stage)
     )
     if trainer.gated is not None:
         save_gated(trainer.gated, source.folder, final, settings=trained)
@@ -86,7 +84,7 @@ def _choose_experts(model: Any, wanted: str) -> None:
         ) from error
 
 
-def _write_recipe(run_dir: Path, recipe: MidtrainRecipe) -> None:
+def _write_recipe(run_dir: Path, recipe: TrainingRecipe) -> None:
     """Puts the recipe, every setting written out, into the run's folder."""
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(

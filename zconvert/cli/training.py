@@ -1,0 +1,90 @@
+"""A training stage in the terminal: progress with both losses, and where it stopped."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from zconvert.cli.ui import err, out
+from zconvert.recipe import TrainingRecipe
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="Recipe of the stage.", show_default=False)]
+
+
+def run(settings: TrainingRecipe) -> None:
+    """Runs the stage of a recipe, and prints the new checkpoint's folder."""
+    from zconvert.training.loop import Interrupted, Progress
+    from zconvert.training.stages import train
+
+    started = time.monotonic()
+    first_step: list[int] = []
+
+    # Into a file goes one line for each report instead of a display that redraws itself.
+    with Live(console=err, refresh_per_second=4, transient=not err.is_terminal) as live:
+
+        def show(progress: Progress) -> None:
+            if progress.message is not None:
+                live.console.print(Text(progress.message))
+            metrics = progress.metrics
+            if metrics is None:
+                return
+            if not first_step:
+                first_step.append(metrics["step"] - settings.logging_steps)
+            done = max(1, metrics["step"] - first_step[0])
+            left = (time.monotonic() - started) / done * (metrics["max_steps"] - metrics["step"])
+            if live.console.is_terminal:
+                live.update(_view(metrics, left))
+            else:
+                live.console.print(_line(metrics, left), soft_wrap=True)
+
+        try:
+            folder = train(settings, show)
+        except Interrupted as stop:
+            live.console.print(Text(str(stop)))
+            raise typer.Exit(128 + stop.signal_number) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(128 + signal.SIGINT) from None
+    out.print(Text(str(folder)), soft_wrap=True)
+
+
+def _view(metrics: dict[str, Any], left: float) -> Table:
+    """Progress bar, the losses, and the accuracy of each slot of a block."""
+    grid = Table.grid(padding=(0, 1))
+    bar = ProgressBar(total=metrics["max_steps"], completed=metrics["step"], width=30)
+    grid.add_row("step", f"{metrics['step']}/{metrics['max_steps']}", bar, f"{_duration(left)} left")
+    grid.add_row(
+        "loss",
+        f"{metrics['loss']:.4f}",
+        f"AR {metrics['loss_ar']:.4f}  diffusion {metrics['loss_diffusion']:.4f}",
+        f"{metrics['tokens_per_second']:,.0f} tokens/s",
+    )
+    slots = Text()
+    for accuracy in metrics["slot_accuracy"]:
+        slots.append(" ▁▂▃▄▅▆▇█"[min(8, round(accuracy * 8))], style="green" if accuracy > 0.8 else "yellow")
+    first, last = metrics["slot_accuracy"][0], metrics["slot_accuracy"][-1]
+    slots.append(f" {first:.0%} … {last:.0%}")
+    grid.add_row("slots", "", slots, f"{metrics['expected_accepted']:.2f} accepted")
+    return grid
+
+
+def _line(metrics: dict[str, Any], left: float) -> str:
+    """The same in one line, for logs."""
+    return (
+        f"step {metrics['step']}/{metrics['max_steps']} loss {metrics['loss']:.4f} "
+        f"ar {metrics['loss_ar']:.4f} diff {metrics['loss_diffusion']:.4f} "
+        f"accepted {metrics['expected_accepted']:.2f} {_duration(left)} left"
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

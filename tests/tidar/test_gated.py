@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -18,6 +19,7 @@ from zconvert.tidar.cache import TidarCache
 from zconvert.tidar.layout import decode_layout, packed_layout
 from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.settings import GatedParts
+from zconvert.training.objective import hidden_halves
 
 ROW = ROWS["offset 3 in several documents"]
 ONE = ROWS["one document"]
@@ -126,3 +128,56 @@ def test_gradients_reach_every_gated_weight_and_no_other() -> None:
 def test_parts_that_cannot_be_are_refused(parts: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GatedParts(**parts)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("model_type", list(FAMILY_MODELS))
+def test_the_clean_half_by_itself_and_then_the_mask_half_are_the_packed_row(model_type: str, recompute: bool) -> None:
+    pair = gated_pair(model_type)
+    assert pair.layout.gated is not None
+    pair.layout.model.requires_grad_(False)
+    ids = random_ids((2, ROW.num_clean), seed=3)
+    layout = packed_layout(ROW.document_ids.expand(2, -1), BLOCK, ROW.offset)
+    row = torch.cat([ids, torch.full_like(ids, MASK)], dim=1)
+
+    def gradients(hidden: Tensor) -> list[Tensor]:
+        (hidden * torch.linspace(-1, 1, hidden.shape[-1])).sum().backward()
+        assert pair.layout.gated is not None
+        found = [parameter.grad for parameter in pair.layout.gated.parameters()]
+        pair.layout.gated.zero_grad()
+        return [gradient for gradient in found if gradient is not None]
+
+    packed = pair.layout.hidden_states(row, layout)
+    expected = gradients(packed[:, ids.shape[1] :])
+    pair.layout.release_gate()
+    pair.layout.gated.gate.recompute = recompute
+    clean, slots = hidden_halves(pair.layout, ids, layout, MASK)
+    assert not clean.requires_grad
+    torch.testing.assert_close(torch.cat([clean, slots], dim=1), packed, atol=TOLERANCE, rtol=0)
+    found = gradients(slots)
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4 * max(1.0, float(theirs.abs().max())), rtol=0)
+
+
+def test_what_the_backward_pass_keeps_shrinks_with_the_clean_half_apart_and_with_recomputation() -> None:
+    pair = gated_pair("qwen3_moe")
+    assert pair.layout.gated is not None
+    pair.layout.model.requires_grad_(False)
+    ids = random_ids((2, 64), seed=3)
+    layout = packed_layout(torch.zeros_like(ids), BLOCK)
+
+    def kept(forward: Callable[[], Any]) -> int:
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+            forward()
+        return sum(sizes)
+
+    row = torch.cat([ids, torch.full_like(ids, MASK)], dim=1)
+    packed = kept(lambda: pair.layout.hidden_states(row, layout))
+    pair.layout.release_gate()
+    apart = kept(lambda: hidden_halves(pair.layout, ids, layout, MASK))
+    pair.layout.gated.gate.recompute = True
+    recomputed = kept(lambda: hidden_halves(pair.layout, ids, layout, MASK))
+    assert apart < 0.6 * packed
+    assert recomputed < 0.1 * packed

@@ -9,6 +9,7 @@ then only counting: they already stand where they belong, and what follows is ov
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from transformers import Cache
 
@@ -71,3 +72,30 @@ class TidarCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Committed tokens."""
         return self.committed
+
+
+class CleanStates(TidarCache):
+    """What the clean half of packed rows leaves for their mask half, where nothing of it is trained: constants.
+
+    The clean half runs first and writes; after `complete` the mask half reads, once or, with activation checkpointing,
+    several times.
+    """
+
+    def complete(self) -> None:
+        """The clean half is done."""
+        self.committed = next(iter(self._slots.values())).shape[-2]
+
+    def _write(self, place: tuple[int, str], states: Tensor) -> Tensor:
+        if not self.committed:
+            self._slots[place] = states
+            return states
+        return torch.cat([self._slots[place], states], dim=-2)
+
+    def token_states(self, layer_idx: int, name: str) -> Tensor | None:
+        """(R, past + T, C): a layer's states of the boundary and of the clean half; None while that runs."""
+        return self._stash[layer_idx, name][0] if self.committed else None
+
+    def stash_token_states(self, layer_idx: int, name: str, states: Tensor, past: int) -> None:
+        """Keeps the clean half's states."""
+        if not self.committed:
+            super().stash_token_states(layer_idx, name, states, past)

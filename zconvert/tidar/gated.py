@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .settings import GatedParts
 
@@ -28,6 +29,8 @@ class Gate:
     """Where the mask slots of the forward that runs begin; None: there are none, and every layer is the stock one."""
 
     first: int | None = None
+    recompute: bool = False
+    """layers keep only their input for the backward pass, and run again in it (activation checkpointing)"""
 
 
 class LowRank(nn.Module):
@@ -81,11 +84,15 @@ class _GatedMlp:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         stock: Any = super()
         gate, extra = self.__dict__["gated"]
-        first = gate.first
+        first, mode = gate.first, self.__dict__["gated_mode"]
         if first is None:
-            return stock.forward(*args, **kwargs)
-        mode = self.__dict__["gated_mode"]
+            result = stock.forward(*args, **kwargs)
+            self.__dict__["gated_others"] = len(result) - 1 if isinstance(result, tuple) else None
+            return result
         hidden, *rest = args or [kwargs.pop("hidden_states")]
+        if first == 0 and mode == "replace":  # the mask half by itself, after the clean one ran
+            others = self.__dict__["gated_others"]
+            return extra(hidden) if others is None else (extra(hidden), *[None] * others)
         # Replaced, no slot goes near the router: the block runs on the clean tokens alone.
         block = hidden[:, :first].contiguous() if mode == "replace" else hidden
         result = stock.forward(block, *rest, **kwargs)
@@ -108,6 +115,17 @@ class _GatedEmbedding:
             return out
         slots = extra.to(out.dtype).expand(out.shape[0], out.shape[1] - gate.first, -1)
         return torch.cat([out[:, : gate.first], slots], dim=1)
+
+
+class _RecomputedLayer:
+    """Before a layer. Stock layers recompute only where they are in training mode, which a frozen source is not."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        stock: Any = super()
+        gate = self.__dict__["gated"]
+        if gate.recompute and torch.is_grad_enabled():
+            return checkpoint(stock.forward, *args, use_reentrant=False, **kwargs)
+        return stock.forward(*args, **kwargs)
 
 
 @cache
@@ -141,6 +159,10 @@ class GatedWeights(nn.Module):
                 self._graft(module, _GatedMlp, extra)
                 module.__dict__["gated_mode"] = kind
             self.modules_by_name[name.replace(".", "/")] = extra
+        for layer in layers_of(decoder):
+            layer.__dict__["gated"] = self.gate
+            stock: Any = type(layer)
+            layer.__class__ = _joined(_RecomputedLayer, stock)
         self.mask_embedding: nn.Parameter | None = None
         if parts.mask_embedding:
             some = torch.arange(min(_EMBEDDING_SAMPLE, embedding.weight.shape[0]), device=embedding.weight.device)

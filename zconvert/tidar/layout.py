@@ -12,7 +12,7 @@ Source: TiDAR (arXiv 2511.08923), section 3; the predecessor index is ours.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -52,6 +52,10 @@ class Layout:
     def num_tokens(self) -> int:
         """N, tokens in a row."""
         return self.position_ids.shape[1]
+
+    def columns(self, start: int, end: int) -> Layout:
+        """Some of the row's tokens; their predecessors still count the columns of the whole row."""
+        return Layout(*(getattr(self, field.name)[:, start:end] for field in fields(self)))
 
 
 def packed_layout(document_ids: Tensor, block_size: int, offset: Tensor | int = 0) -> Layout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -62,24 +63,33 @@ class LayoutModel:
         self.gated = GatedWeights(self._decoder, self._decoder.get_input_embeddings(), parts)
         return self.gated
 
-    def hidden_states(self, input_ids: Tensor, layout: Layout, cache: TidarCache | None = None) -> Tensor:
+    def hidden_states(
+        self, input_ids: Tensor, layout: Layout, cache: TidarCache | None = None, key: Layout | None = None
+    ) -> Tensor:
         """One forward of the decoder, without the head.
 
         Args:
             input_ids: (R, N) int64, laid out as `layout` says.
             layout: of (R, N).
             cache: of a decoding; the forward's states are written behind its committed tokens.
+            key: layout of all that the cache holds and of these tokens, (R, K); None: `cache.committed` tokens of text.
 
         Returns:
             (R, N, hidden) after the final norm.
         """
         committed = cache.committed if cache is not None else 0
-        key = with_committed(layout, committed) if committed else layout
+        joined = key
+        if key is None:
+            key = with_committed(layout, committed) if committed else layout
         masks = attention_masks(self.family, self.config, layout, key, self.model.dtype)
         if self.family.mixing != "attention":
             name, past = _convolution_past(self.family, self.config)
             assert isinstance(masks, dict)
-            masks[name] = predecessors_of(layout, past, cache)
+            if joined is None:
+                masks[name] = predecessors_of(layout, past, cache)
+            else:
+                held = joined.num_tokens - layout.num_tokens
+                masks[name] = dataclasses.replace(predecessors_of(joined, past, cache), past=past + held)
         options: dict[str, Any] = {}
         if self.family.positions:
             options[POSITIONS] = Positions(layout.position_ids, key.position_ids)

@@ -114,7 +114,9 @@ class Trainer:
         recipe = self.recipe
         self._resume()
         self.trained.train()  # a frozen source stays in evaluation mode: nothing of it is drawn at random
-        if recipe.gradient_checkpointing:
+        if self.gated is not None:
+            self.gated.gate.recompute = recipe.gradient_checkpointing
+        elif recipe.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         with _signals() as received, self._metrics_file() as metrics_file:
             while self.step < recipe.max_steps:

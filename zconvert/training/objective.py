@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from zconvert.data.packing import Batch
-from zconvert.tidar.layout import PADDING, packed_layout
+from zconvert.tidar.cache import CleanStates
+from zconvert.tidar.layout import PADDING, Layout, packed_layout
 from zconvert.tidar.model import LayoutModel
 
 
@@ -62,7 +63,7 @@ def packed_losses(
     objective: Literal["data", "forward_kl"] = "data",
     loss_chunk_size: int = 1024,
 ) -> LossSums:
-    """Runs one packed forward of 2T tokens and sums both losses.
+    """Runs packed rows of 2T tokens and sums both losses.
 
     Args:
         model: see LayoutModel.
@@ -80,25 +81,50 @@ def packed_losses(
     """
     ids, length = batch.input_ids, batch.input_ids.shape[1]
     layout = packed_layout(batch.document_ids, block_size, offset)
-    row = torch.cat([ids, torch.full_like(ids, mask_token_id)], dim=1)  # (R, 2T)
-    hidden = model.hidden_states(row, layout)
+    clean, slots = hidden_halves(model, ids, layout, mask_token_id)
     targets = Targets.of(batch)
     next_ids = F.pad(ids[:, 1:], (0, 1))
-    ar, _ = cross_entropy_sum(model, hidden[:, :length][targets.ar], next_ids[targets.ar], loss_chunk_size)
-    slot_hidden, labels = hidden[:, length:][targets.diffusion], ids[targets.diffusion]
+    ar, _ = cross_entropy_sum(model, clean[targets.ar], next_ids[targets.ar], loss_chunk_size)
+    slot_hidden, labels = slots[targets.diffusion], ids[targets.diffusion]
     if objective == "data":
         diffusion, correct = cross_entropy_sum(model, slot_hidden, labels, loss_chunk_size)
     else:
-        before = F.pad(hidden[:, : length - 1].detach(), (0, 0, 1, 0))[targets.diffusion]
+        before = F.pad(clean[:, :-1].detach(), (0, 0, 1, 0))[targets.diffusion]
         starts = (layout.position_ids[:, length:] == 0)[targets.diffusion]
         diffusion, correct = divergence_sum(model, slot_hidden, before, labels, starts, loss_chunk_size)
-    slots = (layout.position_ids - layout.clean_limit)[:, length:][targets.diffusion]
+    places = (layout.position_ids - layout.clean_limit)[:, length:][targets.diffusion]
     return LossSums(
         ar=ar,
         diffusion=diffusion,
-        slot_correct=torch.bincount(slots[correct], minlength=block_size),
-        slot_count=torch.bincount(slots, minlength=block_size),
+        slot_correct=torch.bincount(places[correct], minlength=block_size),
+        slot_count=torch.bincount(places, minlength=block_size),
     )
+
+
+def hidden_halves(model: LayoutModel, ids: Tensor, layout: Layout, mask_token_id: int) -> tuple[Tensor, Tensor]:
+    """Hidden states of the clean and of the mask half of packed rows.
+
+    With gated weights the clean half is the frozen source: its keys and values are constants of the mask half, so that
+    it runs first, without gradients, and keeps nothing else. Otherwise both are one forward.
+
+    Args:
+        model: see LayoutModel.
+        ids: (R, T) int64.
+        layout: of the packed rows, (R, 2T).
+        mask_token_id: fills the mask half.
+
+    Returns:
+        (R, T, hidden) each, after the final norm.
+    """
+    length, masked = ids.shape[1], torch.full_like(ids, mask_token_id)
+    if model.gated is None:
+        hidden = model.hidden_states(torch.cat([ids, masked], dim=1), layout)
+        return hidden[:, :length], hidden[:, length:]
+    states = CleanStates()
+    with torch.no_grad():
+        clean = model.hidden_states(ids, layout.columns(0, length), states)
+    states.complete()
+    return clean, model.hidden_states(masked, layout.columns(length, 2 * length), states, layout)
 
 
 def cross_entropy_sum(model: LayoutModel, hidden: Tensor, labels: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:

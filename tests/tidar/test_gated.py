@@ -16,6 +16,7 @@ from tests.contracts.families import FAMILY_MODELS, family_pair
 from tests.contracts.models import MASK, Pair, random_ids
 from tests.contracts.reference import causal_logits
 from zconvert.tidar.cache import TidarCache
+from zconvert.tidar.families import FAMILIES
 from zconvert.tidar.layout import decode_layout, packed_layout
 from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.settings import GatedParts
@@ -23,6 +24,9 @@ from zconvert.training.objective import hidden_halves
 
 ROW = ROWS["offset 3 in several documents"]
 ONE = ROWS["one document"]
+
+
+ALL_PARTS: dict[str, Any] = {"mlp": "add", "norms": True, "router": True}
 
 
 def gated_pair(model_type: str, mlp: Any = "replace", trained: bool = True, **parts: Any) -> Pair:
@@ -36,6 +40,12 @@ def gated_pair(model_type: str, mlp: Any = "replace", trained: bool = True, **pa
             for parameter in weights.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     return Pair(model_type, plain, layout)
+
+
+def parts_of(model_type: str) -> dict[str, Any]:
+    """Every part that a family can have."""
+    routers = not FAMILIES[model_type].dense and model_type not in ("gemma4_text", "jetmoe")
+    return {**ALL_PARTS, "router": routers}
 
 
 def slot_logits(layout: LayoutModel, ids: Tensor) -> Tensor:
@@ -53,10 +63,11 @@ def block_logits(layout: LayoutModel, prefix: Tensor, cache: TidarCache | None =
     return layout.logits(layout.hidden_states(ids, places, cache))[0, len(new) :]
 
 
+@pytest.mark.parametrize("all_parts", [False, True])
 @pytest.mark.parametrize("model_type", list(FAMILY_MODELS))
 @torch.no_grad()
-def test_every_family_keeps_its_ar_path_bit_for_bit_and_its_contracts(model_type: str) -> None:
-    pair = gated_pair(model_type)
+def test_every_family_keeps_its_ar_path_bit_for_bit_and_its_contracts(model_type: str, all_parts: bool) -> None:
+    pair = gated_pair(model_type, **parts_of(model_type) if all_parts else {})
     model, ids = pair.layout.model, random_ids((24,), seed=1)
     assert list(model.state_dict()) == list(pair.plain.state_dict()), "the source's weights and names stay as they are"
     expected = causal_logits(pair.plain, ids)
@@ -81,7 +92,7 @@ def test_every_family_keeps_its_ar_path_bit_for_bit_and_its_contracts(model_type
 @pytest.mark.parametrize("model_type", ["mixtral", "zaya", "deepseek_v3", "gpt_oss"])
 @torch.no_grad()
 def test_added_parts_start_as_the_source(model_type: str) -> None:
-    pair = gated_pair(model_type, mlp="add", trained=False, mask_embedding=False)
+    pair = gated_pair(model_type, trained=False, mask_embedding=False, **ALL_PARTS)
     ids = random_ids((24,), seed=1)
     assert torch.equal(slot_logits(pair.layout, ids), slot_logits(family_pair(model_type).layout, ids))
 
@@ -109,8 +120,9 @@ def test_replaced_no_routed_expert_and_no_router_sees_a_mask_slot(model_type: st
     assert numbers_seen(added, lambda: slot_logits(added, ids)) == twice
 
 
-def test_gradients_reach_every_gated_weight_and_no_other() -> None:
-    pair = gated_pair("zaya")
+@pytest.mark.parametrize("parts", [{}, ALL_PARTS], ids=["default", "all"])
+def test_gradients_reach_every_gated_weight_and_no_other(parts: dict[str, Any]) -> None:
+    pair = gated_pair("zaya", **parts)
     assert pair.layout.gated is not None
     pair.layout.model.requires_grad_(False)
     ids = random_ids((24,), seed=1)
@@ -123,17 +135,22 @@ def test_gradients_reach_every_gated_weight_and_no_other() -> None:
 
 @pytest.mark.parametrize(
     ("parts", "message"),
-    [({"rank": -1}, "rank is -1"), ({"mlp": "both"}, "mlp is 'both'"), ({"mlp_width": 0}, "mlp_width is 0")],
+    [
+        ({"rank": -1}, "rank is -1"),
+        ({"mlp": "both"}, "mlp is 'both'"),
+        ({"mlp_width": 0}, "mlp_width is 0"),
+        ({"router": True}, "no router runs"),
+    ],
 )
 def test_parts_that_cannot_be_are_refused(parts: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GatedParts(**parts)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("all_parts", [False, True])
 @pytest.mark.parametrize("model_type", list(FAMILY_MODELS))
-def test_the_clean_half_by_itself_and_then_the_mask_half_are_the_packed_row(model_type: str, recompute: bool) -> None:
-    pair = gated_pair(model_type)
+def test_the_clean_half_by_itself_and_then_the_mask_half_are_the_packed_row(model_type: str, all_parts: bool) -> None:
+    pair = gated_pair(model_type, **parts_of(model_type) if all_parts else {})
     assert pair.layout.gated is not None
     pair.layout.model.requires_grad_(False)
     ids = random_ids((2, ROW.num_clean), seed=3)
@@ -150,14 +167,14 @@ def test_the_clean_half_by_itself_and_then_the_mask_half_are_the_packed_row(mode
     packed = pair.layout.hidden_states(row, layout)
     expected = gradients(packed[:, ids.shape[1] :])
     pair.layout.release_gate()
-    pair.layout.gated.gate.recompute = recompute
+    pair.layout.gated.gate.recompute = all_parts  # so that one of two recomputes
     clean, slots = hidden_halves(pair.layout, ids, layout, MASK)
     assert not clean.requires_grad
     torch.testing.assert_close(torch.cat([clean, slots], dim=1), packed, atol=TOLERANCE, rtol=0)
     found = gradients(slots)
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-4 * max(1.0, float(theirs.abs().max())), rtol=0)
+        torch.testing.assert_close(ours, theirs, atol=1e-3 * max(1.0, float(theirs.abs().max())), rtol=0)
 
 
 def test_what_the_backward_pass_keeps_shrinks_with_the_clean_half_apart_and_with_recomputation() -> None:

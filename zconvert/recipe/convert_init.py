@@ -18,7 +18,18 @@ class GatedSection(Section):
         "replace", description="what the diffusion expert does at mask slots: replace the routed experts, add to them"
     )
     mlp_width: Count = Field(GatedParts.mlp_width, description="hidden units of the diffusion expert")
+    norms: bool = Field(GatedParts.norms, description="a scale and a shift after every norm over hidden states")
+    router: bool = Field(
+        GatedParts.router, description="a shift of what routers see; only where mlp is not replace: else no router runs"
+    )
     mask_embedding: bool = Field(GatedParts.mask_embedding, description="mask slots have an embedding of their own")
+
+    @field_validator("router")
+    @classmethod
+    def _routers_run(cls, router: bool, info: ValidationInfo) -> bool:
+        if router and info.data.get("mlp") == "replace":
+            raise ValueError("expected false, since mlp is replace and no router runs there")
+        return router
 
 
 class ConvertInitDiffusion(Section):

@@ -6,6 +6,8 @@ decoding forward `[next token, drafts | blocks of slots]`. So a gate is where th
     y = W h                        at clean tokens, exactly the source's
     y = W h + B A h                at mask slots: projections of attention (low rank)
     y = MoE(h) + E(h), or E(h)     at mask slots: the diffusion expert E is added to the routed ones or replaces them
+    y = norm(h) (1 + s) + t        at mask slots: norms; the last one's t is a bias of the output
+    router(h + u)                  at mask slots: routers, where the routed experts stay
 
 Clean tokens never see mask slots, so nothing of this reaches them. The weights live in a module of their own, outside
 of the source model: its state dict, its names and its bytes stay as they are.
@@ -29,6 +31,8 @@ class Gate:
     """Where the mask slots of the forward that runs begin; None: there are none, and every layer is the stock one."""
 
     first: int | None = None
+    length: int = 0
+    """tokens in a row of this forward"""
     recompute: bool = False
     """layers keep only their input for the backward pass, and run again in it (activation checkpointing)"""
 
@@ -62,6 +66,57 @@ class DiffusionExpert(nn.Module):
         """(…, width) -> (…, width)."""
         gate, up = F.linear(states, self.gate_up.to(states.dtype)).chunk(2, dim=-1)
         return F.linear(F.silu(gate) * up, self.down.to(states.dtype))
+
+
+class ScaleShift(nn.Module):
+    """Multiplies by 1 + scale and adds the shift; both start at zero."""
+
+    def __init__(self, width: int) -> None:
+        """Makes two vectors of `width`."""
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(width))
+        self.shift = nn.Parameter(torch.zeros(width))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(…, width) -> (…, width)."""
+        return states * (1 + self.scale.to(states.dtype)) + self.shift.to(states.dtype)
+
+
+class Shift(nn.Module):
+    """Adds a vector that starts at zero."""
+
+    def __init__(self, width: int) -> None:
+        """Makes a vector of `width`."""
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(width))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(…, width) -> (…, width)."""
+        return states + self.shift.to(states.dtype)
+
+
+def _at_slots(states: Tensor, gate: Gate, change: nn.Module) -> Tensor:
+    """Changes the states of mask slots, of (R, N, width) or flattened (R · N, width)."""
+    if gate.first is None:
+        return states
+    rows = states.view(-1, gate.length, states.shape[-1])
+    return torch.cat([rows[:, : gate.first], change(rows[:, gate.first :])], dim=1).view(states.shape)
+
+
+class _GatedNorm:
+    """Before a norm over the hidden states."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        stock: Any = super()
+        return _at_slots(stock.forward(hidden), *self.__dict__["gated"])
+
+
+class _GatedRouter:
+    """Before a router."""
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        stock: Any = super()
+        return stock.forward(_at_slots(hidden, *self.__dict__["gated"]), *args, **kwargs)
 
 
 class _GatedLinear:
@@ -150,15 +205,25 @@ class GatedWeights(nn.Module):
         self.parts = parts
         self.gate = Gate()
         self.modules_by_name = nn.ModuleDict()
-        for name, module, kind in _places(decoder, parts):
+        width = embedding.weight.shape[1]
+        for name, module, kind in list(_places(decoder, parts, width)):
+            extra: nn.Module
             if kind == "linear":
-                extra: nn.Module = LowRank(module.in_features, module.out_features, parts.rank)
+                extra = LowRank(module.in_features, module.out_features, parts.rank)
                 self._graft(module, _GatedLinear, extra)
+            elif kind == "norm":
+                extra = ScaleShift(width)
+                self._graft(module, _GatedNorm, extra)
+            elif kind == "router":
+                extra = Shift(width)
+                self._graft(module, _GatedRouter, extra)
             else:
-                extra = DiffusionExpert(embedding.weight.shape[1], parts.mlp_width)
+                extra = DiffusionExpert(width, parts.mlp_width)
                 self._graft(module, _GatedMlp, extra)
                 module.__dict__["gated_mode"] = kind
             self.modules_by_name[name.replace(".", "/")] = extra
+        if parts.router and not any(isinstance(extra, Shift) for extra in self.modules_by_name.values()):
+            raise ValueError("gated.router is true, and this model has no router that can be shifted: set it to false")
         for layer in layers_of(decoder):
             layer.__dict__["gated"] = self.gate
             stock: Any = type(layer)
@@ -184,13 +249,19 @@ _LEFT_OUT = ("kv_b_proj", "indexer", "router")
 """projections of the cached latent, which are not of the row's tokens, and what chooses keys or experts"""
 
 
+_ROUTERS = ("gate", "router")
+"""what a block's child is called that chooses experts"""
+
+
 def layers_of(decoder: Any) -> Any:
     """The decoder's layers."""
     return decoder.layers if hasattr(decoder, "layers") else decoder.blocks
 
 
-def _places(decoder: Any, parts: GatedParts) -> Iterator[tuple[str, Any, str]]:
-    """(name, module, kind) of everything that gets weights; kind is linear, add or replace."""
+def _places(decoder: Any, parts: GatedParts, width: int) -> Iterator[tuple[str, Any, str]]:
+    """(name, module, kind) of everything that gets weights; kind is linear, norm, router, add or replace."""
+    if parts.norms:
+        yield from ((name, module, "norm") for name, module in decoder.named_modules() if _is_norm(name, module, width))
     for number, layer in enumerate(layers_of(decoder)):
         for child_name, child in layer.named_children():
             if parts.rank and any(word in child_name for word in _MIXERS):
@@ -201,6 +272,17 @@ def _places(decoder: Any, parts: GatedParts) -> Iterator[tuple[str, Any, str]]:
         if block is not None and parts.mlp != "none":
             name, module, routed = block
             yield f"layers.{number}.{name}", module, parts.mlp if routed else "add"
+        if block is not None and block[2] and parts.router:
+            for name, module in block[1].named_children():
+                if name in _ROUTERS:
+                    yield f"layers.{number}.{block[0]}.{name}", module, "router"
+
+
+def _is_norm(name: str, module: nn.Module, width: int) -> bool:
+    """Whether a module is a norm over hidden states; those over queries, keys and latents are parts of attention."""
+    weight, own = getattr(module, "weight", None), name.rsplit(".", 1)[-1]
+    over_hidden = weight is not None and weight.shape == (width,)
+    return "norm" in type(module).__name__.lower() and over_hidden and not own.startswith(("q_", "k_", "kv_"))
 
 
 def _mlp_of(layer: nn.Module) -> tuple[str, nn.Module, bool] | None:

@@ -96,7 +96,7 @@ class LayoutModel:
         if self.family.sinks:
             options[IN_LAYOUT] = True
         if self.gated is not None:
-            self.gated.gate.first = layout.first_slot
+            self.gated.gate.first, self.gated.gate.length = layout.first_slot, layout.num_tokens
         try:
             outputs = self._decoder(
                 input_ids=input_ids,

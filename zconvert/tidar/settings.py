@@ -35,6 +35,10 @@ class GatedParts:
     At a dense MLP it is always added"""
     mlp_width: int = 384
     """of the diffusion expert"""
+    norms: bool = False
+    """a scale and a shift after every norm over hidden states"""
+    router: bool = False
+    """a shift of what the routers see, where mask slots keep the routed experts"""
     mask_embedding: bool = True
     """mask slots have an embedding of their own instead of the mask token's row"""
 
@@ -45,6 +49,10 @@ class GatedParts:
             raise ValueError(f"mlp is {self.mlp!r}, expected none, add or replace")
         if self.mlp != "none" and (type(self.mlp_width) is not int or self.mlp_width < 1):
             raise ValueError(f"mlp_width is {self.mlp_width!r}, expected at least 1")
+        if self.router and self.mlp == "replace":
+            raise ValueError(
+                "router is true and mlp is 'replace': no router runs where the routed experts are replaced"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """The main job from nothing: a small trained ZAYA becomes a diffusion model, is measured, and is exported.
 
+Twice: by full training, and gated, where the source stays as it is and small weights are trained beside it.
+
 Everything is done by the commands that you would type; each is printed before it runs. What was measured, whatever it
 is, ends up in a table and in `out/quickstart/results.json`. From the repository's root:
 
@@ -26,8 +28,9 @@ sys.path.insert(0, str(ROOT / "examples" / "tiny-zaya"))
 from problems import Problem, answer_of, problems  # noqa: E402  # found by the line above
 
 SOURCE = Path("examples/tiny-zaya/checkpoint")
-RECIPES = Path("recipes/quickstart")
+RECIPES = {"full": Path("recipes/quickstart"), "gated": Path("recipes/quickstart-gated")}
 DEFAULT_OUT = Path("out/quickstart")
+STAGES = ("convert-init", "midtrain")
 MARK = ".quickstart"
 TRAINING_PROBLEMS, BENCH_PROBLEMS, ACCURACY_PROBLEMS = 20_000, 50, 200
 # Decoding runs on one thread: so small a model gains nothing from a second, and loses much where a core is busy.
@@ -35,6 +38,7 @@ MAX_NEW_TOKENS = 128  # a worked solution has less than 100 tokens
 
 # Aims on two CPU cores, after installation.
 AIM_TOKENS_PER_FORWARD, AIM_SPEEDUP, AIM_POINTS, AIM_SECONDS = 4.0, 2.0, 3.0, 480
+AIM_GATED_SHARE = 0.9  # of full training's tokens per forward
 
 
 def main() -> None:
@@ -47,27 +51,32 @@ def main() -> None:
     started = time.monotonic()
     clear(out)
 
-    initial, training = recipe("convert-init.yaml", in_root), recipe("midtrain.yaml", in_root)
-    run_dir, train_file = paths_of(training)
+    recipes = {mode: [recipe(folder, name, in_root) for name in STAGES] for mode, folder in RECIPES.items()}
+    full_dir, train_file = paths_of(recipes["full"][-1])
+    gated_dir, _ = paths_of(recipes["gated"][-1])
     prompts = out / "prompts.jsonl"
     write_problems(train_file, "train", TRAINING_PROBLEMS)
     write_problems(prompts, "held_out", BENCH_PROBLEMS)
-
-    zconvert("convert-init", initial)
-    zconvert("midtrain", training)
+    for mode in RECIPES:
+        for stage, path in zip(STAGES, recipes[mode], strict=True):
+            zconvert(stage, path)
     bench_file = out / "bench.json"
-    options = ("--max-new-tokens", MAX_NEW_TOKENS, "--threads", 1, "--json")
-    bench_file.write_text(zconvert("bench", run_dir, "--prompts", shown(prompts), *options, capture=True))
-    bench = json.loads(bench_file.read_text())["results"]
-    accuracies = {name: accuracy(folder) for name, folder in (("source", SOURCE), ("converted", run_dir))}
-    zconvert("export", run_dir, "--out", in_root / "exported", "--results", shown(bench_file))
+    full = bench(full_dir, prompts, bench_file)
+    gated = bench(gated_dir, prompts, out / "bench-gated.json", "--baseline", SOURCE)
+    folders = {"source": SOURCE, "converted": full_dir, "gated": gated_dir}
+    accuracies = {name: accuracy(folder) for name, folder in folders.items()}
+    zconvert("export", full_dir, "--out", in_root / "exported", "--results", shown(bench_file))
 
     results = {
-        **{name: {"accuracy": value} for name, value in accuracies.items()},
+        "source": {"accuracy": accuracies["source"]},
+        "converted": {"accuracy": accuracies["converted"]},
         "prompts": BENCH_PROBLEMS,
-        "ar": bench["ar"],
-        "lossless": bench["lossless"],
-        "mixed": bench["mixed"],
+        **{name: full[name] for name in ("ar", "lossless", "mixed")},
+        "gated": {
+            "accuracy": accuracies["gated"],
+            "identical_to_source": gated["lossless"]["identical_to_baseline"],
+            **gated["lossless"],
+        },
         "seconds": time.monotonic() - started,
     }
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -83,12 +92,12 @@ def clear(out: Path) -> None:
     (out / MARK).touch()
 
 
-def recipe(name: str, out: Path) -> Path:
+def recipe(folder: Path, stage: str, out: Path) -> Path:
     """The recipe to run: the repository's own, or a copy with other paths where --out says so."""
-    path = RECIPES / name
+    path = folder / f"{stage}.yaml"
     if out == DEFAULT_OUT:
         return path
-    copy = out / name
+    copy = out / f"{folder.name}-{path.name}"
     (ROOT / copy).write_text((ROOT / path).read_text().replace(str(DEFAULT_OUT), str(out)))
     return copy
 
@@ -119,6 +128,13 @@ def zconvert(*arguments: object, capture: bool = False) -> str:
     if done.returncode:
         sys.exit(done.returncode if done.returncode > 0 else 128 - done.returncode)
     return done.stdout or ""
+
+
+def bench(run_dir: Path, prompts: Path, file: Path, *more: object) -> dict[str, Any]:
+    """Measures decoding into a file; returns the results."""
+    options = ("--max-new-tokens", MAX_NEW_TOKENS, "--threads", 1, "--json", *more)
+    file.write_text(zconvert("bench", run_dir, "--prompts", shown(prompts), *options, capture=True))
+    return json.loads(file.read_text())["results"]
 
 
 def accuracy(checkpoint: Path) -> float:
@@ -153,6 +169,8 @@ def show(results: dict[str, Any], path: Path) -> None:
     lossless, mixed = results["lossless"], results["mixed"]
     points, same = 100 * (converted - source), lossless["identical_prompts"]
     per_forward = lossless["tokens_per_forward"]
+    gated = results["gated"]
+    own, share = gated["identical_to_source"], gated["tokens_per_forward"] / per_forward
     rows: list[tuple[str, str, str, bool | None]] = [
         ("Answers right, source", f"{source:.1%}", "", None),
         (
@@ -179,6 +197,20 @@ def show(results: dict[str, Any], path: Path) -> None:
         ),
         ("Mixed, tokens/s", f"{mixed['tokens_per_second']:.1f}", "", None),
         ("Mixed against AR", f"{mixed['speedup']:.2f}×", "", None),
+        (
+            "Gated: answers right (AR)",
+            f"{gated['accuracy']:.1%} ({100 * (gated['accuracy'] - source):+.1f} points)",
+            "the source's",
+            gated["accuracy"] == source,
+        ),
+        ("Gated: same text as source", f"{own}/{results['prompts']}", "all", own == results["prompts"]),
+        (
+            "Gated: tokens/forward",
+            f"{gated['tokens_per_forward']:.2f} ({share:.0%} of full)",
+            f"≥ {AIM_GATED_SHARE:.0%} of full",
+            share >= AIM_GATED_SHARE,
+        ),
+        ("Gated against AR", f"{gated['speedup']:.2f}×", f"≥ {AIM_SPEEDUP}×", gated["speedup"] >= AIM_SPEEDUP),
         ("Seconds for all", f"{results['seconds']:.0f}", f"< {AIM_SECONDS}", results["seconds"] < AIM_SECONDS),
     ]
     table = Table(title="Quickstart")

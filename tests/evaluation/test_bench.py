@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
+import torch
 
 from tests.contracts.models import MASK, random_ids, shared_random_pair
 from zconvert.evaluation.bench import bench
+from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.settings import TidarSettings
 
 SETTINGS = TidarSettings(block_size=4, mask_token_id=MASK, proposals=(1, 2, 4))
@@ -46,6 +49,19 @@ def test_the_accepted_histogram_counts_every_forward(document: dict[str, Any]) -
         if name != "ar":
             assert list(entry["accepted_histogram"]) == ["1", "2", "3", "4"]
             assert sum(entry["accepted_histogram"].values()) == entry["forwards"]
+
+
+def test_texts_are_compared_with_a_baseline_by_its_own_decoding() -> None:
+    pair = shared_random_pair("qwen3_moe")
+    itself = measured(baseline=LayoutModel(pair.plain))["results"]
+    assert itself["baseline"]["tokens_per_forward"] == 1.0
+    assert [itself[name]["identical_to_baseline"] for name in ("ar", "lossless")] == [3, 3]
+    other = deepcopy(pair.plain)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(-1)
+    different = measured(baseline=LayoutModel(other))["results"]
+    assert [different[name]["identical_to_baseline"] for name in ("ar", "lossless")] == [0, 0]
+    assert different["lossless"]["identical_prompts"] == 3
 
 
 def test_plain_ar_gives_one_token_a_forward(document: dict[str, Any]) -> None:

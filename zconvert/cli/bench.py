@@ -44,6 +44,9 @@ def command(
         list[float] | None,
         typer.Option(min=0.0, max=1.0, help="w of a mixed sampler; may be given several times.", show_default="0.5"),
     ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Another checkpoint, such as the source: plain AR, and whether texts are its.")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     proposals: options.Proposals = None,
     block_size: options.BlockSize = None,
@@ -66,9 +69,13 @@ def command(
         _check_fit(settings, block_size, counts)
         source = resolve(checkpoint, revision=revision, token=token)
         model, tokenizer = _load(source, str(dtype), str(device), threads)
+        plain = None
+        if baseline is not None:
+            plain, _ = _load(resolve(baseline, token=token), str(dtype), str(device), threads)
     from zconvert.checkpoint.load import end_token_ids, prompt_ids
     from zconvert.evaluation.bench import bench
     from zconvert.tidar.generate import layout_model_of
+    from zconvert.tidar.model import LayoutModel
 
     with _progress() as progress:
         task = progress.add_task("Decoding", total=len(texts))
@@ -83,9 +90,10 @@ def command(
             proposals=counts,
             block_size=block_size,
             seed=seed,
+            baseline=None if plain is None else LayoutModel(plain),
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    document = {"checkpoint": source.name, "revision": source.revision, **measured}
+    document = {"checkpoint": source.name, "revision": source.revision, "baseline": baseline, **measured}
     if as_json:
         print_json(document)
     else:
@@ -135,7 +143,9 @@ def show(document: dict[str, Any]) -> None:
     out.print()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("Sampler", no_wrap=True)
-    for name in ("tokens per\nforward", "tokens/s", "against\nAR", "ms per\nforward", "same text\nas AR"):
+    # 80 columns hold either of the two.
+    either = "same as\nbaseline" if "baseline" in results else "ms per\nforward"
+    for name in ("tokens per\nforward", "tokens/s", "against\nAR", either, "same text\nas AR"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column(f"accepted\n1 … {document['block_size']}", no_wrap=True)
     for name, entry in results.items():
@@ -145,8 +155,10 @@ def show(document: dict[str, Any]) -> None:
             f"{entry['tokens_per_forward']:.2f}",
             f"{entry['tokens_per_second']:.1f}",
             f"{entry['speedup']:.2f}×" if "speedup" in entry else "",
-            f"{entry['forward_ms']:.1f}",
-            "" if same is None else f"{same}/{document['prompts']}",
+            _of(entry.get("identical_to_baseline"), document["prompts"])
+            if "baseline" in results
+            else f"{entry['forward_ms']:.1f}",
+            _of(same, document["prompts"]),
             "" if histogram is None else bars(list(histogram.values())),
         )
     out.print(table)
@@ -168,7 +180,7 @@ def _verdict(results: dict[str, Any]) -> Text:
     slower = [_label(name, entry) for name, entry in results.items() if entry.get("speedup", 1.0) < 1]
     if slower:
         return Text(f"Plain AR decoding is faster here than {_list(slower)}.", style="bold yellow")
-    best = max((name for name in results if name != "ar"), key=lambda name: results[name]["speedup"])
+    best = max((name for name in results if "speedup" in results[name]), key=lambda name: results[name]["speedup"])
     return Text.assemble(
         "Lossless decoding is ",
         (f"{results['lossless']['speedup']:.2f}×", "bold green"),
@@ -178,7 +190,11 @@ def _verdict(results: dict[str, Any]) -> Text:
 
 
 def _label(name: str, entry: dict[str, Any]) -> str:
-    return {"ar": "AR", "lossless": "lossless"}.get(name) or f"mixed, w = {entry['mix_weight']:g}"
+    return {"ar": "AR", "lossless": "lossless", "baseline": "baseline"}.get(name) or f"mixed {entry['mix_weight']:g}"
+
+
+def _of(count: int | None, total: int) -> str:
+    return "" if count is None else f"{count}/{total}"
 
 
 def _list(items: list[Any]) -> str:

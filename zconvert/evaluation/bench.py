@@ -50,6 +50,7 @@ def bench(
     proposals: tuple[int, ...] | None = None,
     block_size: int | None = None,
     seed: int = 0,
+    baseline: LayoutModel | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Decodes every prompt with every sampler, one sequence at a time, and compares them.
@@ -68,12 +69,14 @@ def bench(
         proposals: accepted counts that get a block of mask slots; None: the checkpoint's.
         block_size: tokens a forward can yield at most; None: the checkpoint's.
         seed: of the random numbers; every sampler draws from the same stream at each prompt.
+        baseline: another model, the source say, to decode by plain AR and to compare texts with.
         on_progress: told after each prompt.
 
     Returns:
         A JSON document; one entry for each sampler under `results`: `ar`, `lossless`, `mixed` (the first weight) and
-        `mixed:<w>` (the others). `forwards` counts decoding forwards, without the prefills; the first token of a text
-        comes from its prefill, so tokens per forward leave it out. `seconds` and tokens per second include prefills.
+        `mixed:<w>` (the others), and `baseline`. `forwards` counts decoding forwards, without the prefills; the first
+        token of a text comes from its prefill, so tokens per forward leave it out. `seconds` and tokens per second
+        include prefills.
 
     Raises:
         ValueError: no prompts, or a setting out of range.
@@ -85,18 +88,25 @@ def bench(
     for name, weight in weights.items():
         sampling = Sampling(temperature, mix_weight=weight)
         plans[name] = DecodePlan.tidar(settings, sampling, eos_token_ids, proposals=proposals, block_size=block_size)
-    for plan in plans.values():
-        _run(model, prompts[0], plan, min(max_new_tokens, WARM_UP_TOKENS), seed, _Tally())
+    models = dict.fromkeys(plans, model)
+    if baseline is not None:
+        models["baseline"], plans["baseline"] = baseline, plans["ar"]
+    for name, plan in plans.items():
+        _run(models[name], prompts[0], plan, min(max_new_tokens, WARM_UP_TOKENS), seed, _Tally())
     tallies = {name: _Tally() for name in plans}
     for number, prompt in enumerate(prompts):
         for name, plan in plans.items():
-            _run(model, prompt, plan, max_new_tokens, seed + number, tallies[name])
+            _run(models[name], prompt, plan, max_new_tokens, seed + number, tallies[name])
         if on_progress is not None:
             on_progress(number + 1, len(prompts))
     results = {"ar": _speed(tallies["ar"])}
     for name, weight in weights.items():
         extra = {} if name == "lossless" else {"mix_weight": weight}
         results[name] = {**extra, **_against(tallies[name], tallies["ar"], plans[name], greedy=temperature == 0)}
+    if baseline is not None:
+        for name, entry in results.items():
+            entry["identical_to_baseline"] = _identical(tallies[name], tallies["baseline"], temperature == 0)
+        results["baseline"] = _speed(tallies["baseline"])
     return {
         "prompts": len(prompts),
         "max_new_tokens": max_new_tokens,
@@ -156,12 +166,16 @@ def _speed(tally: _Tally) -> dict[str, Any]:
     }
 
 
+def _identical(tally: _Tally, other: _Tally, greedy: bool) -> int | None:
+    return sum(a == b for a, b in zip(tally.texts, other.texts, strict=True)) if greedy else None
+
+
 def _against(tally: _Tally, ar: _Tally, plan: DecodePlan, *, greedy: bool) -> dict[str, Any]:
     own, base = _speed(tally), _speed(ar)
     return {
         **own,
         "speedup": own["tokens_per_second"] / base["tokens_per_second"],
         "forward_cost": own["forward_ms"] / base["forward_ms"] if base["forward_ms"] else 0.0,
-        "identical_prompts": sum(a == b for a, b in zip(tally.texts, ar.texts, strict=True)) if greedy else None,
+        "identical_prompts": _identical(tally, ar, greedy),
         "accepted_histogram": {str(n): tally.accepted[n] for n in range(1, plan.block_size + 1)},
     }

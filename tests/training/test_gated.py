@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from tests.checkpoint.tiny import make_checkpoint
 from tests.contracts.models import random_ids
@@ -28,7 +27,6 @@ from zconvert.tidar.generate import layout_model_of
 from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.settings import GATED_FILE, GatedParts
 from zconvert.training import stages
-from zconvert.training.objective import divergence_sum
 
 PARTS = GatedParts(rank=4, mlp_width=16)
 
@@ -157,26 +155,3 @@ def test_gated_mode_needs_a_row_for_the_mask_token(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no row left"):
         convert_init(resolve(tmp_path / "full"), tmp_path / "out", block_size=4, gated=PARTS)
     assert not (tmp_path / "out").exists()
-
-
-def test_the_divergence_is_the_sum_over_slots_whatever_the_chunks() -> None:
-    torch.manual_seed(0)
-
-    class Head:
-        weight = torch.randn(11, 6)
-
-        def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-            return hidden @ self.weight.T
-
-    hidden, teacher = torch.randn(9, 6, requires_grad=True), torch.randn(9, 6)
-    labels, starts = torch.randint(0, 11, (9,)), torch.tensor([True] + [False] * 8)
-    q = (hidden @ Head.weight.T).log_softmax(-1)
-    p = (teacher @ Head.weight.T).softmax(-1)
-    p[0] = F.one_hot(labels[0], 11).float()
-    expected = (torch.where(p > 0, p * (p.clamp_min(1e-30).log() - q), 0)).sum()
-    for chunk_size in (2, 4, 100):
-        got, right = divergence_sum(Head(), hidden, teacher, labels, starts, chunk_size)  # type: ignore[arg-type]
-        torch.testing.assert_close(got, expected)
-        assert torch.equal(right, q.argmax(-1) == p.argmax(-1))
-    got.backward()
-    assert hidden.grad is not None

@@ -100,7 +100,12 @@ def _at_slots(states: Tensor, gate: Gate, change: nn.Module) -> Tensor:
     if gate.first is None:
         return states
     rows = states.view(-1, gate.length, states.shape[-1])
-    return torch.cat([rows[:, : gate.first], change(rows[:, gate.first :])], dim=1).view(states.shape)
+    return _joined_rows(rows[:, : gate.first], change(rows[:, gate.first :])).view(states.shape)
+
+
+def _joined_rows(clean: Tensor, slots: Tensor) -> Tensor:
+    """(R, first, width) and (R, N - first, width) -> (R, N, width)."""
+    return torch.cat([clean, slots], dim=1) if clean.shape[1] else slots
 
 
 class _GatedNorm:
@@ -129,8 +134,10 @@ class _GatedLinear:
         # Projections that do not run over the row's tokens (a boundary's, say) have nothing at the gate.
         if gate.first is None or hidden.dim() != 3 or hidden.shape[1] <= gate.first:
             return out
-        slots = out[:, gate.first :] + extra(hidden[:, gate.first :])
-        return torch.cat([out[:, : gate.first], slots], dim=1)
+        if not torch.is_grad_enabled():  # decoding: in place, since nothing else has seen the projection yet
+            out[:, gate.first :] += extra(hidden[:, gate.first :])
+            return out
+        return _joined_rows(out[:, : gate.first], out[:, gate.first :] + extra(hidden[:, gate.first :]))
 
 
 class _GatedMlp:
@@ -155,7 +162,7 @@ class _GatedMlp:
         slots = extra(hidden[:, first:])
         if mode == "add":
             slots = out[:, first:] + slots
-        out = torch.cat([out[:, :first], slots], dim=1)
+        out = _joined_rows(out[:, :first], slots)
         return (out, *result[1:]) if isinstance(result, tuple) else out
 
 

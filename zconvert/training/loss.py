@@ -1,8 +1,8 @@
 """Losses of tokens, summed, from hidden states and labels; the logits of more than a chunk are never held.
 
 Where the output head is an ordinary linear layer, each chunk's logits are made once: its gradients with respect to
-hidden states and head are computed along with its loss, in the forward pass, and the backward pass only scales them (as in
-Liger-Kernel, arXiv 2410.10989). Heads of other kinds (sharded, quantised, grafted) make a chunk's logits again in the
+hidden states and head are computed along with its loss, in the forward pass, and the backward pass only scales them (as
+in Liger-Kernel, arXiv 2410.10989). Heads of other kinds (sharded, quantised, grafted) make a chunk's logits again in the
 backward pass.
 """
 
@@ -71,9 +71,7 @@ def divergence_sum(
         () the sum in nats, and (n,) bool: the likeliest token is p's.
     """
 
-    def loss(
-        logits: Tensor, teacher: Tensor, labels: Tensor, starts: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(logits: Tensor, teacher: Tensor, labels: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # KL = Σ p (log p - log q) = Σ p (their logits' difference) - normaliser of p + normaliser of q
         target = logits.gather(1, labels[:, None])[:, 0]
         differences = model.logits(teacher)

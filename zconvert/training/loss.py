@@ -1,9 +1,9 @@
 """Losses of tokens, summed, from hidden states and labels; the logits of more than a chunk are never held.
 
 Where the output head is an ordinary linear layer, each chunk's logits are made once: its gradients with respect to
-hidden states and head are computed along with its loss, in the forward pass, and the backward pass only scales them (as
-in Liger-Kernel, arXiv 2410.10989). Heads of other kinds (sharded, quantised, grafted) make a chunk's logits again in the
-backward pass.
+hidden states and head are computed along with its loss, in the forward pass, and the backward pass only scales them
+(as in Liger-Kernel, arXiv 2410.10989). Heads of other kinds (sharded, quantised, grafted) make a chunk's logits again in
+the backward pass.
 """
 
 from __future__ import annotations

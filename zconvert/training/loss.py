@@ -2,8 +2,8 @@
 
 Where the output head is an ordinary linear layer, each chunk's logits are made once: its gradients with respect to
 hidden states and head are computed along with its loss, in the forward pass, and the backward pass only scales them
-(as in Liger-Kernel, arXiv 2410.10989). Heads of other kinds (sharded, quantised, grafted) make a chunk's logits again in
-the backward pass.
+(as in Liger-Kernel, arXiv 2410.10989). Heads of other kinds (sharded, quantised, grafted) make a chunk's logits again
+in the backward pass.
 """
 
 from __future__ import annotations

@@ -83,6 +83,10 @@ class PackedRows:
     Documents are never cut, unless one is longer than a row: then it becomes pieces of `sequence_len` tokens, which
     stand as documents of their own. Rows are padded on the right. An epoch's order depends on seed and epoch alone.
 
+    There is one order of rows, whatever the number of ranks: every rank packs all of them, which takes lengths alone,
+    and copies the tokens of its own. So the position is the same on every rank, and one that was saved with two ranks
+    goes on with one or with four.
+
     >>> from zconvert.data.documents import Document
     >>> documents = Documents.of([Document([5, 6], [True, True]), Document([7], [True])])
     >>> rows = PackedRows(documents, sequence_len=4, rows=1, seed=0, sample_packing=True, pad_token_id=0)
@@ -99,6 +103,8 @@ class PackedRows:
         seed: int,
         sample_packing: bool,
         pad_token_id: int,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         """Starts before the first batch.
 
@@ -109,11 +115,15 @@ class PackedRows:
             seed: fixes the order.
             sample_packing: several documents per row; else one document (or piece) per row.
             pad_token_id: id that fills rows up.
+            rank: of this process, from 0 to `world` - 1.
+            world: processes that share the rows.
 
         Raises:
             UserError: there are no documents.
         """
         _check(documents)
+        self.rank = rank
+        self.world = world
         self.documents = documents
         self.sequence_len = sequence_len
         self.rows = rows
@@ -134,11 +144,13 @@ class PackedRows:
             yield self.next_batch()
 
     def next_batch(self) -> Batch:
-        """The next R rows."""
-        while len(self._ready) < self.rows:
+        """This rank's R of the next R · world rows."""
+        count = self.rows * self.world
+        while len(self._ready) < count:
             self._read_document()
-        batch, self._ready = self._ready[: self.rows], self._ready[self.rows :]
-        return _make_batch(self.documents, batch, self.sequence_len, self.pad_token_id)
+        taken, self._ready = self._ready[:count], self._ready[count:]
+        mine = taken[self.rank * self.rows : (self.rank + 1) * self.rows]
+        return _make_batch(self.documents, mine, self.sequence_len, self.pad_token_id)
 
     def state_dict(self) -> dict[str, Any]:
         """The exact position: numbers, text and lists only, so that it can be stored as JSON."""

@@ -259,7 +259,9 @@ def scored_tokens(
         ends = [n for n in inside if ids[n] in special and not text[offsets[n][1] : turn.end].strip()]
         if ends:
             said, end_of_turn = [n for n in inside if n < ends[-1]], ends[-1:]
-        elif marked and after is not None and ids[after] in special and offsets[after][0] == turn.end:
+        elif (
+            marked and after is not None and ids[after] in special and not text[turn.end : offsets[after][0]].strip(" ")
+        ):
             said, end_of_turn = inside, [after]
         else:
             said_end = _words_end(text, turn)

@@ -181,23 +181,32 @@ def _place(rows: Any, number: int) -> Position:
     return {"row": number, "state": rows.state_dict()}
 
 
-def _parquet(path: Path) -> Any:
-    from datasets import load_dataset
+def _load(*arguments: Any, **options: Any) -> Any:
+    """`datasets.load_dataset` without its progress bars, which would stand amid a run's own."""
+    import datasets
 
+    bars = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
     try:
-        return load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        return datasets.load_dataset(*arguments, **options)
+    finally:
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def _parquet(path: Path) -> Any:
+    try:
+        return _load("parquet", data_files=str(path), split="train", streaming=True)
     except Exception as error:
         raise UserError(f"{path} cannot be read", found=_first_line(error), expected="a Parquet file") from error
 
 
 def _hub_reader(dataset: DatasetRecipe, name: str) -> Reader:
-    from datasets import load_dataset
-
     revision = _commit(name, dataset.revision)
 
     def rows() -> Any:
         try:
-            return load_dataset(name, dataset.name, split=dataset.split, revision=revision, streaming=dataset.streaming)
+            return _load(name, dataset.name, split=dataset.split, revision=revision, streaming=dataset.streaming)
         except Exception as error:
             raise UserError(
                 f"dataset {name} cannot be had",

@@ -27,7 +27,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     folder = make_checkpoint(tmp_path_factory.mktemp("source") / "zaya", "zaya", dtype="float32")
     model, tokenizer = load_model(resolve(folder), dtype="float32", device="cpu")
     # What a checkpoint's own settings would change of its distribution must not come through.
-    model.generation_config.update(top_k=2, repetition_penalty=1.5, do_sample=True)
+    model.generation_config.update(top_k=2, repetition_penalty=50.0, do_sample=True)
     model.config.use_cache = False
     return model, tokenizer
 
@@ -65,16 +65,22 @@ class Dying:
 
     def __init__(self, model: Any, batches: int) -> None:
         self.model, self.left, self.device = model, batches, model.device
+        self.generation_config = model.generation_config
 
     def generate(self, *arguments: Any, **options: Any) -> Any:
         if not self.left:
             raise KeyboardInterrupt
         self.left -= 1
-        return self.model.generate(*arguments, **options)
+        own, self.model.generation_config = self.model.generation_config, self.generation_config
+        try:
+            return self.model.generate(*arguments, **options)
+        finally:
+            self.model.generation_config = own
 
 
 class Never:
     device = torch.device("cpu")
+    generation_config = None
 
     def generate(self, *arguments: Any, **options: Any) -> Any:
         raise AssertionError("nothing is missing")
@@ -131,6 +137,7 @@ def test_a_generation_killed_in_the_middle_ends_with_the_same_text(
     torch.manual_seed(99)  # what else was drawn meanwhile does not matter
     left = Dying(loaded[0], 8 - died_after + 2)
     assert documents(recipe, loaded, left) == expected
+    assert left.generation_config.top_k == 2
     assert not list(prepared.glob("*.jsonl"))
 
 

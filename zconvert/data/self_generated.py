@@ -166,7 +166,6 @@ def _continue(
 
     ids = torch.tensor(rows, device=model.device)
     sampling = settings.temperature > 0
-    # All of it is said here: what the checkpoint's own generation config would add is not its distribution.
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         do_sample=sampling,
@@ -182,7 +181,13 @@ def _continue(
     with torch.random.fork_rng(devices=devices):
         digest = hashlib.sha256(f"{settings.seed}:{number}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:7], "big"))
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        # The checkpoint's own generation config stays out of it, since its penalties and cuts are not its distribution:
+        # what is None in the config that is given would be taken from there.
+        own, model.generation_config = model.generation_config, GenerationConfig()
+        try:
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        finally:
+            model.generation_config = own
     found = []
     for row in out[:, ids.shape[1] :].tolist():
         end = next((place for place, token in enumerate(row) if token in writer.end_ids), len(row) - 1)

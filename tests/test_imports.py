@@ -22,7 +22,7 @@ ALLOWED = {
     "errors": set(),
     "tidar": set(),
     "recipe": {"errors", "tidar.settings"},  # settings: one definition of the block size and its checks
-    "data": LEAVES,
+    "data": LEAVES | {"checkpoint.folder"},  # folders that appear whole: tokenised data are kept in such
     "checkpoint": LEAVES,
     "planning": LEAVES | {"checkpoint"},
     "training": LIBRARY,

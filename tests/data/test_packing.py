@@ -141,3 +141,33 @@ def test_one_pass_reads_everything_exactly_once(sample_packing: bool) -> None:
 def test_no_documents_are_a_clear_error() -> None:
     with pytest.raises(UserError, match="no documents"):
         rows_of([])
+
+
+@pytest.mark.parametrize(("world", "rows"), [(2, 3), (3, 2), (6, 1)])
+def test_ranks_share_the_rows_that_one_rank_would_have(world: int, rows: int) -> None:
+    lengths = [3, 5, 2, 7, 4, 20, 1] * 5
+    alone = rows_of(lengths, rows=world * rows)
+    ranks = [rows_of(lengths, rows=rows, rank=rank, world=world) for rank in range(world)]
+    for _ in range(8):
+        whole, parts = alone.next_batch(), [rank.next_batch() for rank in ranks]
+        for name in ("input_ids", "document_ids", "loss_mask"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+        assert all(rank.state_dict() == alone.state_dict() for rank in ranks)
+
+
+def test_a_position_of_two_ranks_goes_on_with_one_and_with_four() -> None:
+    lengths = [3, 5, 2, 7, 4, 20, 1] * 5
+    alone, two = rows_of(lengths, rows=4), [rows_of(lengths, rank=rank, world=2) for rank in range(2)]
+    for _ in range(5):
+        alone.next_batch()
+        for rank in two:
+            rank.next_batch()
+    state = two[0].state_dict()
+    one = rows_of(lengths, rows=4)
+    four = [rows_of(lengths, rows=1, rank=rank, world=4) for rank in range(4)]
+    for rank in (one, *four):
+        rank.load_state_dict(json.loads(json.dumps(state)))
+    for _ in range(5):
+        expected = alone.next_batch().input_ids
+        assert torch.equal(one.next_batch().input_ids, expected)
+        assert torch.equal(torch.cat([rank.next_batch().input_ids for rank in four]), expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shlex
@@ -186,6 +187,14 @@ def headers_of(source: Source) -> Headers:
         UserError: the weights are not there, or a file is damaged.
     """
     return read_headers(source.folder, source.files)
+
+
+def fingerprint(source: Source) -> str:
+    """Tells a checkpoint's causal weights from others: its configuration, and size and time of each weight file."""
+    config = {key: value for key, value in read_config(source.folder).items() if key != "tidar"}
+    shards = [(source.folder / shard.name).stat() for shard in headers_of(source).shards]
+    facts = [config, source.revision, [[shard.st_size, shard.st_mtime_ns] for shard in shards]]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _exists(path: Path) -> bool:

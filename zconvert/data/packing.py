@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zconvert.data.documents import Documents
+from zconvert.data.streams import DocumentStream, Piece, Shuffled
 from zconvert.errors import UserError
 
 OPEN_ROWS = 16
@@ -40,39 +40,30 @@ class Batch:
     loss_mask: Tensor
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A document, or one of the parts of a document longer than a row."""
-
-    document: int
-    start: int
-    length: int
-
-
 class _Packer:
     """First fit: a piece goes to the oldest open row with room; where none has and all are open, the oldest leaves."""
 
     def __init__(self, sequence_len: int, open_rows: int) -> None:
         self.sequence_len = sequence_len
         self.open_rows = open_rows
-        self.rows: list[list[_Piece]] = []
+        self.rows: list[list[Piece]] = []
         self.room: list[int] = []
 
-    def add(self, piece: _Piece) -> list[_Piece] | None:
+    def add(self, piece: Piece) -> list[Piece] | None:
         """Places a piece; returns the row that this finished, or that had to leave for it, if any."""
-        if piece.length == self.sequence_len:
+        if len(piece) == self.sequence_len:
             return [piece]
         for number, room in enumerate(self.room):
-            if piece.length <= room:
+            if len(piece) <= room:
                 self.rows[number].append(piece)
-                self.room[number] -= piece.length
+                self.room[number] -= len(piece)
                 return self._pop(number) if not self.room[number] else None
         leaving = self._pop(0) if len(self.rows) == self.open_rows else None
         self.rows.append([piece])
-        self.room.append(self.sequence_len - piece.length)
+        self.room.append(self.sequence_len - len(piece))
         return leaving
 
-    def _pop(self, number: int) -> list[_Piece]:
+    def _pop(self, number: int) -> list[Piece]:
         self.room.pop(number)
         return self.rows.pop(number)
 
@@ -83,6 +74,10 @@ class PackedRows:
     Documents are never cut, unless one is longer than a row: then it becomes pieces of `sequence_len` tokens, which
     stand as documents of their own. Rows are padded on the right. An epoch's order depends on seed and epoch alone.
 
+    There is one order of rows, whatever the number of ranks: every rank packs all of them, which takes lengths alone,
+    and copies the tokens of its own. So the position is the same on every rank, and one that was saved with two ranks
+    goes on with one or with four.
+
     >>> from zconvert.data.documents import Document
     >>> documents = Documents.of([Document([5, 6], [True, True]), Document([7], [True])])
     >>> rows = PackedRows(documents, sequence_len=4, rows=1, seed=0, sample_packing=True, pad_token_id=0)
@@ -92,62 +87,62 @@ class PackedRows:
 
     def __init__(
         self,
-        documents: Documents,
+        documents: Documents | DocumentStream,
         *,
         sequence_len: int,
         rows: int,
         seed: int,
         sample_packing: bool,
         pad_token_id: int,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         """Starts before the first batch.
 
         Args:
-            documents: what to pack, at least one document.
+            documents: what to pack, at least one document; or a stream of them, which has its own order.
             sequence_len: T, tokens per row.
             rows: R, rows per batch.
-            seed: fixes the order.
+            seed: fixes the order of documents that are no stream yet.
             sample_packing: several documents per row; else one document (or piece) per row.
             pad_token_id: id that fills rows up.
+            rank: of this process, from 0 to `world` - 1.
+            world: processes that share the rows.
 
         Raises:
             UserError: there are no documents.
         """
-        _check(documents)
-        self.documents = documents
+        self.stream = Shuffled([documents], seed) if isinstance(documents, Documents) else documents
         self.sequence_len = sequence_len
         self.rows = rows
-        self.seed = seed
         self.sample_packing = sample_packing
         self.pad_token_id = pad_token_id
-        self.epoch = 0
-        """epoch of the document that is read next, from 0"""
-        self._at = 0  # how many documents of the epoch's order were read
-        self._order = self._epoch_order(0)
+        self.rank = rank
+        self.world = world
         # A row may also wait here: splitting a long document can finish several at once.
-        self._ready: list[list[_Piece]] = []
+        self._ready: list[list[Piece]] = []
         self._packer = _Packer(sequence_len, OPEN_ROWS)
-        self._fingerprint: str | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
             yield self.next_batch()
 
     def next_batch(self) -> Batch:
-        """The next R rows."""
-        while len(self._ready) < self.rows:
+        """This rank's R of the next R · world rows."""
+        count = self.rows * self.world
+        while len(self._ready) < count:
             self._read_document()
-        batch, self._ready = self._ready[: self.rows], self._ready[self.rows :]
-        return _make_batch(self.documents, batch, self.sequence_len, self.pad_token_id)
+        taken, self._ready = self._ready[:count], self._ready[count:]
+        mine = taken[self.rank * self.rows : (self.rank + 1) * self.rows]
+        return _make_batch(mine, self.sequence_len, self.pad_token_id)
 
     def state_dict(self) -> dict[str, Any]:
-        """The exact position: numbers, text and lists only, so that it can be stored as JSON."""
+        """The exact position, the same on every rank: numbers, text and lists, and tokens of streams as tensors."""
         return {
             "data": self._data(),
-            "epoch": self.epoch,
-            "at": self._at,
-            "ready": [_as_lists(row) for row in self._ready],
-            "open": [_as_lists(row) for row in self._packer.rows],
+            "stream": self.stream.state_dict(),
+            "ready": [_references(row) for row in self._ready],
+            "open": [_references(row) for row in self._packer.rows],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -165,39 +160,29 @@ class PackedRows:
                 expected=", ".join(f"{name} {then.get(name)}" for name in changed),
                 fix="restore datasets and settings, or start anew with another output_dir",
             )
-        self.epoch, self._at = state["epoch"], state["at"]
-        self._order = self._epoch_order(self.epoch)
-        self._ready = [[_Piece(*piece) for piece in row] for row in state["ready"]]
+        self.stream.load_state_dict(state["stream"])
+        self._ready = [self._pieces(row) for row in state["ready"]]
         self._packer = _Packer(self.sequence_len, OPEN_ROWS)
         for row in state["open"]:
-            pieces = [_Piece(*piece) for piece in row]
+            pieces = self._pieces(row)
             self._packer.rows.append(pieces)
-            self._packer.room.append(self.sequence_len - sum(piece.length for piece in pieces))
+            self._packer.room.append(self.sequence_len - sum(len(piece) for piece in pieces))
 
     def _read_document(self) -> None:
-        if self._at == len(self.documents):
-            self.epoch, self._at = self.epoch + 1, 0
-            self._order = self._epoch_order(self.epoch)
-        number = int(self._order[self._at])
-        self._at += 1
-        for piece in _pieces(self.documents, number, self.sequence_len):
+        document = self.stream.next_document()
+        for start, length in _cuts(len(document), self.sequence_len):
+            piece = document if length == len(document) else self.stream.part(document.reference, start, length)
             row = self._packer.add(piece) if self.sample_packing else [piece]
             if row is not None:
                 self._ready.append(row)
 
-    def _epoch_order(self, epoch: int) -> Tensor:
-        # Hashed, so that epoch 1 of seed 0 is not epoch 0 of seed 1.
-        digest = hashlib.sha256(f"{self.seed}:{epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        return torch.randperm(len(self.documents), generator=generator)
+    def _pieces(self, references: list[list[Any]]) -> list[Piece]:
+        return [self.stream.piece(reference) for reference in references]
 
     def _data(self) -> dict[str, Any]:
-        if self._fingerprint is None:
-            self._fingerprint = self.documents.fingerprint()
         return {
-            "documents": self._fingerprint,
+            **self.stream.identity(),
             "sequence_len": self.sequence_len,
-            "seed": self.seed,
             "sample_packing": self.sample_packing,
         }
 
@@ -217,28 +202,31 @@ def one_pass(
     Raises:
         UserError: there are no documents.
     """
-    _check(documents)
+    if not len(documents):
+        raise UserError("there are no documents to pack", fix="check datasets[].path in the recipe")
     packer = _Packer(sequence_len, OPEN_ROWS)
 
-    def finished() -> Iterator[list[_Piece]]:
+    def finished() -> Iterator[list[Piece]]:
         for number in range(len(documents)):
-            for piece in _pieces(documents, number, sequence_len):
+            ids, scored = documents.tokens(number)
+            for start, length in _cuts(len(ids), sequence_len):
+                piece = Piece(ids[start : start + length], scored[start : start + length], [])
                 row = packer.add(piece) if sample_packing else [piece]
                 if row is not None:
                     yield row
         yield from packer.rows
 
-    batch: list[list[_Piece]] = []
+    batch: list[list[Piece]] = []
     for row in finished():
         batch.append(row)
         if len(batch) == rows:
-            yield _make_batch(documents, batch, sequence_len, pad_token_id)
+            yield _make_batch(batch, sequence_len, pad_token_id)
             batch = []
     if batch:
-        yield _make_batch(documents, batch, sequence_len, pad_token_id)
+        yield _make_batch(batch, sequence_len, pad_token_id)
 
 
-def _make_batch(documents: Documents, rows: list[list[_Piece]], sequence_len: int, pad_token_id: int) -> Batch:
+def _make_batch(rows: list[list[Piece]], sequence_len: int, pad_token_id: int) -> Batch:
     """Copies the pieces of each row into the three tensors of a batch."""
     shape = (len(rows), sequence_len)
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
@@ -247,25 +235,19 @@ def _make_batch(documents: Documents, rows: list[list[_Piece]], sequence_len: in
     for r, row in enumerate(rows):
         at = 0
         for document_id, piece in enumerate(row):
-            ids, scored = documents.tokens(piece.document)
-            here, there = slice(at, at + piece.length), slice(piece.start, piece.start + piece.length)
-            input_ids[r, here] = ids[there].long()
+            here = slice(at, at + len(piece))
+            input_ids[r, here] = piece.ids.long()
             document_ids[r, here] = document_id
-            loss_mask[r, here] = scored[there]
-            at += piece.length
+            loss_mask[r, here] = piece.loss_mask
+            at += len(piece)
     return Batch(input_ids, document_ids, loss_mask)
 
 
-def _check(documents: Documents) -> None:
-    if not len(documents):
-        raise UserError("there are no documents to pack", fix="check datasets[].path in the recipe")
-
-
-def _pieces(documents: Documents, number: int, sequence_len: int) -> Iterator[_Piece]:
-    length = documents.length(number)
+def _cuts(length: int, sequence_len: int) -> Iterator[tuple[int, int]]:
+    """Start and length of the pieces of a document."""
     for start in range(0, length, sequence_len):
-        yield _Piece(number, start, min(sequence_len, length - start))
+        yield start, min(sequence_len, length - start)
 
 
-def _as_lists(row: list[_Piece]) -> list[list[int]]:
-    return [[piece.document, piece.start, piece.length] for piece in row]
+def _references(row: list[Piece]) -> list[list[Any]]:
+    return [piece.reference for piece in row]

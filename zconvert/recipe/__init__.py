@@ -6,16 +6,18 @@ Paths in a recipe are relative to the folder where the command runs.
 """
 
 from zconvert.recipe.convert_init import ConvertInitRecipe
-from zconvert.recipe.data import DatasetRecipe
+from zconvert.recipe.data import DatasetRecipe, SelfGeneratedRecipe
 from zconvert.recipe.loading import dump_recipe, load_recipe
 from zconvert.recipe.sections import Recipe
-from zconvert.recipe.training import MidtrainRecipe, TrainingRecipe
+from zconvert.recipe.training import MidtrainRecipe, SftRecipe, TrainingRecipe
 
 __all__ = [
     "ConvertInitRecipe",
     "DatasetRecipe",
     "MidtrainRecipe",
     "Recipe",
+    "SelfGeneratedRecipe",
+    "SftRecipe",
     "TrainingRecipe",
     "dump_recipe",
     "load_recipe",

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from zconvert.recipe.data import DatasetRecipe
+from zconvert.recipe.data import DatasetRecipe, check_mixture
 from zconvert.recipe.sections import Count, CountOrZero, Recipe, Section, Share, Text
 
 
@@ -31,7 +31,16 @@ class TrainingDiffusion(Section):
 class TrainingRecipe(Recipe):
     """What the recipe of every training stage has."""
 
-    datasets: list[DatasetRecipe] = Field(min_length=1, description="training documents, all of them in each epoch")
+    datasets: list[DatasetRecipe] = Field(
+        min_length=1, description="training documents: all of them in each epoch, or mixed by weight"
+    )
+    dataset_num_proc: CountOrZero = Field(0, description="processes that tokenise in the background; 0: none")
+    dataset_prepared_path: Text | None = Field(
+        None, description="folder of the tokenised datasets, which other runs can share; null: prepared/ in output_dir"
+    )
+    chat_template: Text | None = Field(
+        None, description="file with the Jinja template of conversations; null: the tokenizer's own"
+    )
 
     sequence_len: int = Field(1024, ge=2, description="clean tokens per row")
     sample_packing: bool = Field(True, description="several whole documents per row; false: one document per row")
@@ -74,6 +83,11 @@ class TrainingRecipe(Recipe):
     )
     diffusion: TrainingDiffusion = Field(TrainingDiffusion(), description="the diffusion objective")
 
+    @field_validator("datasets")
+    @classmethod
+    def _mixture(cls, datasets: list[DatasetRecipe]) -> list[DatasetRecipe]:
+        return check_mixture(datasets)
+
     @field_validator("warmup_steps", "decay_steps")
     @classmethod
     def _within_the_run(cls, steps: int, info: ValidationInfo) -> int:
@@ -95,3 +109,16 @@ class MidtrainRecipe(TrainingRecipe):
     """Recipe of `zconvert midtrain`."""
 
     stage = "midtrain"
+
+
+class SftRecipe(TrainingRecipe):
+    """Recipe of `zconvert sft`: conversations, scored where some role speaks."""
+
+    stage = "sft"
+
+    @field_validator("datasets")
+    @classmethod
+    def _has_conversations(cls, datasets: list[DatasetRecipe]) -> list[DatasetRecipe]:
+        if all(dataset.type == "text" for dataset in datasets):
+            raise ValueError("expected at least one entry with type: chat; midtrain is for text alone")
+        return datasets

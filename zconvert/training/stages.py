@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 from zconvert.checkpoint.folder import writing
-from zconvert.checkpoint.load import load_model
-from zconvert.checkpoint.source import require_converted, resolve
+from zconvert.checkpoint.load import end_token_ids, load_model
+from zconvert.checkpoint.source import Source, fingerprint, require_converted, resolve
 from zconvert.checkpoint.weights import save_gated, save_trained
-from zconvert.data.documents import load_documents
+from zconvert.data.loading import load_stream
 from zconvert.data.packing import PackedRows
+from zconvert.data.self_generated import Writer
 from zconvert.errors import UserError
 from zconvert.recipe import TrainingRecipe, dump_recipe
+from zconvert.tidar.settings import TidarSettings
 from zconvert.training.loop import OnProgress, Progress, Trainer
 
 
@@ -51,8 +53,15 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
         _choose_experts(model, recipe.experts_implementation)
     model.config.use_cache = False
     rows_in_embedding = model.get_input_embeddings().weight.shape[0]
-    on_progress(Progress(message=f"reading {', '.join(dataset.path for dataset in recipe.datasets)}"))
-    documents = load_documents(recipe.datasets, tokenizer, vocabulary_rows=rows_in_embedding)
+    _write_recipe(run_dir, recipe)
+    on_progress(Progress(message=f"reading {', '.join(dataset.label for dataset in recipe.datasets)}"))
+    documents = load_stream(
+        recipe,
+        tokenizer,
+        vocabulary_rows=rows_in_embedding,
+        writer=_writer(source, model, tokenizer, settings),
+        on_message=lambda text: on_progress(Progress(message=text)),
+    )
     rows = PackedRows(
         documents,
         sequence_len=recipe.sequence_len,
@@ -61,7 +70,6 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
         sample_packing=recipe.sample_packing,
         pad_token_id=tokenizer.pad_token_id or 0,
     )
-    _write_recipe(run_dir, recipe)
     trainer = Trainer(model, rows, recipe, settings, on_progress)
     trainer.run()
     on_progress(Progress(message=f"writing {final}"))
@@ -73,6 +81,16 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
     else:
         save_trained(model, source.folder, final, settings=trained, dtype=recipe.save_dtype)
     return final
+
+
+def _writer(source: Source, model: Any, tokenizer: Any, settings: TidarSettings) -> Writer:
+    """The checkpoint as it writes training text of its own: causally, and never the mask token."""
+    return Writer(
+        load=lambda: model,
+        fingerprint=fingerprint(source),
+        end_ids=end_token_ids(model, tokenizer),
+        suppressed_ids=frozenset({settings.mask_token_id}),
+    )
 
 
 def _choose_experts(model: Any, wanted: str) -> None:

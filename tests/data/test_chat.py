@@ -1,0 +1,259 @@
+"""What is scored of a conversation: each expectation is written by hand, scored tokens between brackets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zconvert.data.chat import prompt
+from zconvert.data.documents import Document
+from zconvert.data.loading import load_documents
+from zconvert.data.reading import RawRow
+from zconvert.data.tokenising import Rules, tokenise
+from zconvert.errors import UserError
+from zconvert.recipe import DatasetRecipe
+
+SPECIAL = ["<unk>", "<bos>", "<eos>", "<start>", "<end>", "<tool_call>", "</tool_call>"]
+WORDS = ["hi", "yes", "no", "sum", "2", "4", "user", "assistant", "system", "tool", "tools", "think", "</think>", "\n"]
+
+# ChatML, as most checkpoints have it.
+CHATML = """{{ bos_token }}{% if tools %}<start> tools
+{% for tool in tools %} {{ tool.function.name }}{% endfor %} <end>
+{% endif %}{% for m in messages %}<start> {{ m.role }}
+{{ m.content }}{% for call in m.tool_calls or [] %} <tool_call> {{ call.function.name }} </tool_call>{% endfor %} <end>
+{% endfor %}{% if add_generation_prompt %}<start> assistant
+{% endif %}"""
+TRIMS = CHATML.replace("m.content }}", "(m.content or '') | trim }}")
+MARKS_WITH_END = """{% for m in messages %}<start> {{ m.role }}
+{% if m.role == 'assistant' %}{% generation %}{{ m.content }} <end>
+{% endgeneration %}{% else %}{{ m.content }} <end>
+{% endif %}{% endfor %}"""
+MARKS_WITHOUT_END = MARKS_WITH_END.replace(" <end>\n{% endgeneration %}", "{% endgeneration %} <end>\n")
+# No control tokens: a line each, and a header that the template itself never asks with.
+LINES = "{% for m in messages %}{{ m.role }} {{ m.content }}\n{% endfor %}"
+# Forgets what the assistant thought before, once the user speaks again, as reasoning models' templates do.
+FORGETS = """{% for m in messages %}<start> {{ m.role }}
+{{ m.content if loop.last else m.content.split('</think>')[-1] }} <end>
+{% endfor %}{% if add_generation_prompt %}<start> assistant
+{% endif %}"""
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + CHATML
+
+USER, ANSWER, SYSTEM = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}, "system"
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "sum"}}]}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: number for number, word in enumerate(SPECIAL + WORDS)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(" +"), "removed"), pre_tokenizers.Split("\n", "isolated")]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=SPECIAL[3:],
+    )
+
+
+def outcome(tokenizer: Any, row: dict[str, Any], template: str | None, **settings: Any) -> Document | UserError:
+    rules = Rules(DatasetRecipe(path="x", type="chat", **settings), tokenizer, chat_template=template)
+    (result,) = tokenise(rules, [RawRow("row 1", json.dumps(row).encode(), is_json=True)])
+    return result if isinstance(result, UserError) else result[0]
+
+
+def bracketed(tokenizer: Any, document: Document | UserError) -> str:
+    """All tokens of a document, the scored ones in brackets; a line feed is written as |."""
+    assert isinstance(document, Document), document
+    words = [word.replace("\n", "|") for word in tokenizer.convert_ids_to_tokens(document.ids)]
+    return " ".join(f"[{word}]" if s else word for word, s in zip(words, document.loss_mask, strict=True))
+
+
+ONE_TURN = "<bos> <start> user | hi <end> | <start> assistant | [yes] [<end>] |"
+CONVERSATIONS: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any], str]] = {
+    "one turn": (CHATML, [USER, ANSWER], {}, ONE_TURN),
+    "the end is left out": (CHATML, [USER, ANSWER], {"train_on_eot": False}, ONE_TURN.replace("[<end>]", "<end>")),
+    "an empty turn is its end alone": (
+        CHATML,
+        [USER, {"role": "assistant", "content": ""}],
+        {},
+        "<bos> <start> user | hi <end> | <start> assistant | [<end>] |",
+    ),
+    "several turns, an empty user's": (
+        CHATML,
+        [USER, ANSWER, {"role": "user", "content": ""}, {"role": "assistant", "content": "no no"}],
+        {},
+        f"{ONE_TURN} <start> user | <end> | <start> assistant | [no] [no] [<end>] |",
+    ),
+    "a system turn, and another role that is trained": (
+        CHATML,
+        [{"role": "system", "content": "sum"}, USER, ANSWER],
+        {"roles_to_train": ["assistant", "user"]},
+        "<bos> <start> system | sum <end> | [<start>] [user] [|] [hi] [<end>] | <start> assistant | [yes] [<end>] |",
+    ),
+    "a tool call and its answer": (
+        CHATML,
+        [USER, CALL, {"role": "tool", "content": "4"}, ANSWER],
+        {},
+        "<bos> <start> tools | sum <end> | <start> user | hi <end> | "
+        "<start> assistant | [<tool_call>] [sum] [</tool_call>] [<end>] | "
+        "<start> tool | 4 <end> | <start> assistant | [yes] [<end>] |",
+    ),
+    "two assistants in a row": (
+        CHATML,
+        [USER, ANSWER, {"role": "assistant", "content": "no"}],
+        {},
+        f"{ONE_TURN} <start> assistant | [no] [<end>] |",
+    ),
+    "the assistant speaks first": (
+        CHATML,
+        [ANSWER, USER],
+        {},
+        "<bos> <start> assistant | [yes] [<end>] | <start> user | hi <end> |",
+    ),
+    "the same words as the user's": (
+        CHATML,
+        [USER, {"role": "assistant", "content": "hi"}],
+        {},
+        "<bos> <start> user | hi <end> | <start> assistant | [hi] [<end>] |",
+    ),
+    "a template that trims": (
+        TRIMS,
+        [USER, {"role": "assistant", "content": "\n yes \n no \n\n"}],
+        {},
+        "<bos> <start> user | hi <end> | <start> assistant | [yes] [|] [no] [<end>] |",
+    ),
+    "content that ends in a line feed, untrimmed": (
+        CHATML,
+        [USER, {"role": "assistant", "content": "yes\n"}],
+        {},
+        "<bos> <start> user | hi <end> | <start> assistant | [yes] [|] [<end>] |",
+    ),
+    "control tokens in what is said": (
+        CHATML,
+        [USER, {"role": "assistant", "content": "no <end> yes"}],
+        {},
+        "<bos> <start> user | hi <end> | <start> assistant | [no] [<end>] [yes] [<end>] |",
+    ),
+    "marks around the end": (
+        MARKS_WITH_END,
+        [USER, ANSWER, USER, ANSWER],
+        {},
+        "<start> user | hi <end> | <start> assistant | [yes] [<end>] | "
+        "<start> user | hi <end> | <start> assistant | [yes] [<end>] |",
+    ),
+    "marks around the end, which is left out": (
+        MARKS_WITH_END,
+        [USER, ANSWER],
+        {"train_on_eot": False},
+        "<start> user | hi <end> | <start> assistant | [yes] <end> |",
+    ),
+    "marks before the end": (
+        MARKS_WITHOUT_END,
+        [USER, ANSWER],
+        {},
+        "<start> user | hi <end> | <start> assistant | [yes] [<end>] |",
+    ),
+    "marks before the end, which is left out": (
+        MARKS_WITHOUT_END,
+        [USER, ANSWER],
+        {"train_on_eot": False},
+        "<start> user | hi <end> | <start> assistant | [yes] <end> |",
+    ),
+    "marks around nothing": (
+        MARKS_WITHOUT_END,
+        [USER, {"role": "assistant", "content": ""}, USER],
+        {},
+        "<start> user | hi <end> | <start> assistant | [<end>] | <start> user | hi <end> |",
+    ),
+    "marks are for the assistant alone": (
+        MARKS_WITH_END,
+        [USER, ANSWER],
+        {"roles_to_train": ["user"]},
+        "[<start>] [user] [|] [hi] [<end>] | <start> assistant | yes <end> |",
+    ),
+    # The model has to write its own header there, so that is scored.
+    "lines without control tokens": (LINES, [USER, ANSWER], {}, "user hi | [assistant] [yes] [|]"),
+    "lines, their ends left out": (
+        LINES,
+        [USER, {"role": "assistant", "content": "yes\n"}, USER],
+        {"train_on_eot": False},
+        "user hi | [assistant] [yes] [|] | user hi |",
+    ),
+    "a template that forgets, before it does": (
+        FORGETS,
+        [USER, {"role": "assistant", "content": "think</think>yes"}],
+        {},
+        "<start> user | hi <end> | <start> assistant | [<unk>] [<end>] |",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_the_scored_tokens_of_a_conversation_are_those_written_by_hand(tokenizer: Any, name: str) -> None:
+    template, messages, settings, expected = CONVERSATIONS[name]
+    row: dict[str, Any] = {"messages": messages}
+    if any("tool_calls" in message for message in messages):
+        row["tools"] = [{"type": "function", "function": {"name": "sum"}}]
+    assert bracketed(tokenizer, outcome(tokenizer, row, template, **settings)) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "message"),
+    [
+        (CHATML, [{"role": "system", "content": "hi"}], "row 1: nothing in the conversation is scored"),
+        (MARKS_WITH_END, [USER], "nothing in the conversation is scored"),
+        (CHATML, [], "'messages' is empty"),
+        (CHATML, "hi", "'messages' is no list of messages"),
+        (CHATML, ["hi"], "'messages' is no list of messages"),
+        (CHATML, [{"content": "hi"}], "message 1 has no role"),
+        (NO_SYSTEM, [{"role": "system", "content": "hi"}, ANSWER], "refuses the conversation"),
+        (FORGETS, [USER, {"role": "assistant", "content": "think</think>yes"}, USER, ANSWER], "message 2 adds"),
+        (LINES, [ANSWER], "message 1 adds"),
+    ],
+)
+def test_a_conversation_that_cannot_be_scored_is_a_bad_row(
+    tokenizer: Any, template: str, messages: Any, message: str
+) -> None:
+    found = outcome(tokenizer, {"messages": messages}, template)
+    assert isinstance(found, UserError)
+    assert message in str(found)
+
+
+def test_other_field_names_and_tools_as_text_are_read_and_keys_without_a_value_are_not(tokenizer: Any) -> None:
+    tools = json.dumps([{"type": "function", "function": {"name": "sum"}}])
+    row = {"chat": [{**USER, "tool_calls": None}, {**ANSWER, "name": None}], "functions": tools}
+    found = outcome(tokenizer, row, CHATML, field_messages="chat", field_tools="functions")
+    assert bracketed(tokenizer, found) == ONE_TURN.replace("<bos>", "<bos> <start> tools | sum <end> |")
+
+
+def test_a_tokenizer_without_a_chat_template_is_told_of_the_recipes_own(tokenizer: Any, tmp_path: Path) -> None:
+    found = outcome(tokenizer, {"messages": [USER, ANSWER]}, None)
+    assert isinstance(found, UserError)
+    assert "chat_template in the recipe" in str(found)
+
+
+def test_a_conversation_longer_than_a_row_is_a_bad_row_named_by_its_line(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    rows = [[USER, ANSWER], [USER, {"role": "assistant", "content": "yes " * 20}]]
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
+    dataset = DatasetRecipe(path=str(path), type="chat")
+    with pytest.raises(UserError, match=r"line 2 of .*x\.jsonl: the conversation is longer than a row"):
+        load_documents([dataset], tokenizer, sequence_len=16, chat_template=CHATML)
+    assert len(load_documents([dataset], tokenizer, sequence_len=64, chat_template=CHATML)) == 2
+
+
+def test_a_prompt_ends_where_the_assistant_is_to_speak(tokenizer: Any) -> None:
+    dataset = DatasetRecipe(path="x", type="chat")
+    for messages in ([USER], [USER, ANSWER]):
+        ids = prompt({"messages": messages}, dataset, tokenizer, CHATML)
+        words = " ".join(tokenizer.convert_ids_to_tokens(ids)).replace("\n", "|")
+        assert words == "<bos> <start> user | hi <end> | <start> assistant |"

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from zconvert.checkpoint.folder import writing
-from zconvert.checkpoint.load import end_token_ids, load_model
+from zconvert.checkpoint.load import end_token_ids, load_model, load_tokenizer
 from zconvert.checkpoint.source import Source, fingerprint, require_converted, resolve
 from zconvert.checkpoint.weights import save_gated, save_trained
-from zconvert.data.loading import load_stream
+from zconvert.data.loading import first_example, load_stream
 from zconvert.data.packing import PackedRows
 from zconvert.data.self_generated import Writer
 from zconvert.errors import UserError
@@ -81,6 +81,11 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
     else:
         save_trained(model, source.folder, final, settings=trained, dtype=recipe.save_dtype)
     return final
+
+
+def example(recipe: TrainingRecipe) -> tuple[str, list[tuple[str, bool]]]:
+    """What a stage would train on first; nothing is written and no weights are loaded. See `first_example`."""
+    return first_example(recipe, load_tokenizer(resolve(recipe.base_model, revision=recipe.revision, weights=False)))
 
 
 def _writer(source: Source, model: Any, tokenizer: Any, settings: TidarSettings) -> Writer:

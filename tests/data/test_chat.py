@@ -289,3 +289,5 @@ def test_a_text_that_a_tokenizer_begins_with_a_blank_is_not_torn_apart() -> None
     found = outcome(tokenizer, {"messages": messages}, template + "{% if add_generation_prompt %}a {% endif %}")
     assert isinstance(found, Document)
     assert tokenizer.decode(found.ids) == "u ten<eos> a then they<eos>"
+    said = [i for i, scored in zip(found.ids, found.loss_mask, strict=True) if scored]
+    assert tokenizer.decode(said).strip() == "then they<eos>"

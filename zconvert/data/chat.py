@@ -265,7 +265,7 @@ def scored_tokens(
     *,
     train_on_eot: bool,
 ) -> list[bool]:
-    """Which tokens are scored: those that begin inside a turn, and its end as wished.
+    """Which tokens are scored: those that have something of a turn in them, and its end as wished.
 
     The end of a turn is its last control token with nothing but white space after it (which is never scored: nobody
     generates it), or the control token right behind a marked turn, or, of a template that knows none, the white space
@@ -281,8 +281,7 @@ def scored_tokens(
     """
     scored = [False] * len(ids)
     for turn in turns:
-        # Some tokenizers give white space no width; at the very start it belongs to what stands before.
-        inside = [n for n, (start, end) in enumerate(offsets) if turn.start + (start == end) <= start < turn.end]
+        inside = [n for n, (start, end) in enumerate(offsets) if start < turn.end and end > turn.start]
         after = next((n for n, (start, end) in enumerate(offsets) if start >= turn.end and start < end), None)
         marked = turn.content is None
         ends = [n for n in inside if ids[n] in special and not text[offsets[n][1] : turn.end].strip()]

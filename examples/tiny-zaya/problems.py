@@ -10,6 +10,8 @@ One pair of numbers in ten is held out (`is_held_out`): a held-out problem's sum
 names and things dress it. Run this file to write JSONL:
 
     python examples/tiny-zaya/problems.py --split train --count 20000 --seed 1 --out train.jsonl
+
+With `--chat` a row is a conversation of one to three problems instead: the user asks, the assistant works them out.
 """
 
 from __future__ import annotations
@@ -95,6 +97,21 @@ def problems(split: Split, seed: int) -> Iterator[Problem]:
         yield problem(rng, split)
 
 
+def conversation(stream: Iterator[Problem], rng: random.Random) -> dict[str, list[dict[str, str]]]:
+    """One to three problems in turn, as rows of chat datasets are.
+
+    >>> row = conversation(problems("train", 0), random.Random(0))
+    >>> [message["role"] for message in row["messages"]][:2]
+    ['user', 'assistant']
+    """
+    messages = []
+    for _ in range(rng.randint(1, 3)):
+        p = next(stream)
+        messages.append({"role": "user", "content": p.prompt.strip()})
+        messages.append({"role": "assistant", "content": p.solution})
+    return {"messages": messages}
+
+
 def answer_of(solution: str) -> int | None:
     """The number a solution ends on, or None where it states none.
 
@@ -106,19 +123,25 @@ def answer_of(solution: str) -> int | None:
 
 
 def main() -> None:
-    """Writes problems as JSONL rows with `text`, `prompt` and `answer`."""
+    """Writes problems as JSONL rows with `text`, `prompt` and `answer`, or with `messages`."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--split", choices=["train", "held_out"], required=True)
-    parser.add_argument("--count", type=int, required=True, help="number of problems")
+    parser.add_argument("--count", type=int, required=True, help="number of rows")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="JSONL file to write")
+    parser.add_argument("--chat", action="store_true", help="write conversations")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     stream = problems(args.split, args.seed)
+    rng = random.Random(args.seed)
     with args.out.open("w") as file:
         for _ in range(args.count):
-            p = next(stream)
-            file.write(json.dumps({"text": p.text, "prompt": p.prompt, "answer": p.answer}) + "\n")
+            if args.chat:
+                row: dict[str, object] = {**conversation(stream, rng)}
+            else:
+                p = next(stream)
+                row = {"text": p.text, "prompt": p.prompt, "answer": p.answer}
+            file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def test_generation_settings_that_transformers_finds_odd_do_not_lose_a_trained_m
     model = trained(base)
     model.generation_config.temperature = 0.6  # with do_sample unset: save_pretrained refuses
     before = model.generation_config
-    save_trained(model, base, tmp_path / "out", settings=settings, extra_json={"summary.json": {"steps": 5}})
+    save_trained(model, base, tmp_path / "out", settings=settings, extra_texts={"summary.json": '{"steps": 5}'})
     assert model.generation_config is before
     assert (tmp_path / "out" / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == {"steps": 5}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("inspect", "convert-init", "midtrain", "generate", "bench", "export")
+COMMANDS = ("inspect", "convert-init", "midtrain", "sft", "generate", "bench", "export")
 
 # A command of its own for each way in which one can end, under the same frame as the real ones.
 ENDINGS = """

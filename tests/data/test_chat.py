@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.checkpoint.tiny import make_tokenizer
 from zconvert.data.chat import prompt
 from zconvert.data.documents import Document
 from zconvert.data.loading import load_documents
@@ -257,3 +258,36 @@ def test_a_prompt_ends_where_the_assistant_is_to_speak(tokenizer: Any) -> None:
         ids = prompt({"messages": messages}, dataset, tokenizer, CHATML)
         words = " ".join(tokenizer.convert_ids_to_tokens(ids)).replace("\n", "|")
         assert words == "<bos> <start> user | hi <end> | <start> assistant |"
+
+
+def test_a_turn_begins_with_a_token_of_its_own_behind_a_header_that_ends_in_a_blank() -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained("examples/tiny-zaya/checkpoint")
+    template = (
+        "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}a: {% endif %}"
+    )
+    messages = [USER, {"role": "assistant", "content": "So"}, USER, {"role": "assistant", "content": "Tens"}]
+    found = outcome(tokenizer, {"messages": messages}, template)
+    assert isinstance(found, Document)
+    dataset = DatasetRecipe(path="x", type="chat")
+    for turn in (2, 4):
+        # What the model is asked with comes first, token by token, and the first scored token right behind it.
+        asked = prompt({"messages": messages[:turn]}, dataset, tokenizer, template)
+        first = next(n for n in range(len(found.ids)) if found.loss_mask[n] and n >= len(asked) - 2)
+        assert tokenizer.decode(found.ids[:first]) == tokenizer.decode(asked)
+        assert found.ids[first - 1] == asked[-1]
+    said = [i for i, scored in zip(found.ids, found.loss_mask, strict=True) if scored]
+    assert tokenizer.decode(said) == "So<eos>Tens<eos>"
+
+
+def test_a_text_that_a_tokenizer_begins_with_a_blank_is_not_torn_apart() -> None:
+    tokenizer = make_tokenizer(60)
+    template = "{% for m in messages %}{{ m.role[0] }} {{ m.content }}<eos>{% endfor %}"
+    messages = [{"role": "user", "content": "ten"}, {"role": "assistant", "content": "then they"}]
+    found = outcome(tokenizer, {"messages": messages}, template + "{% if add_generation_prompt %}a {% endif %}")
+    assert isinstance(found, Document)
+    assert tokenizer.decode(found.ids) == "u ten<eos> a then they<eos>"
+    said = [i for i, scored in zip(found.ids, found.loss_mask, strict=True) if scored]
+    assert tokenizer.decode(said).strip() == "then they<eos>"

@@ -14,6 +14,7 @@ from zconvert.tidar.settings import GATED_FILE
 
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
@@ -33,20 +34,15 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
     if dtype not in DTYPES:
         raise UserError("there is no such dtype", found=dtype, expected=", ".join(DTYPES))
     import torch
-    from transformers import AutoTokenizer
 
     place = _device(device)
     _check_files(source)
-    common: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    tokenizer = load_tokenizer(source)
     with _quiet():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source.folder, **common)
-        except Exception as error:  # the tokenizers library raises bare Exceptions
-            raise _unloadable(source, "tokenizer", error) from error
         try:
             wanted = dtype if dtype == "auto" else getattr(torch, dtype)
             loaded: Any = _model_class(source).from_pretrained(
-                source.folder, dtype=wanted, output_loading_info=True, **common
+                source.folder, dtype=wanted, output_loading_info=True, **_LOCAL
             )
         except Exception as error:  # safetensors has an exception type of its own
             raise _unloadable(source, "model", error) from error
@@ -69,6 +65,21 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
             fix="use a smaller dtype (bfloat16), another device, or free the memory",
         ) from error
     return model.eval(), tokenizer
+
+
+def load_tokenizer(source: Source) -> Any:
+    """Loads a checkpoint's tokenizer alone; its weights need not be there.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    with _quiet():
+        try:
+            return AutoTokenizer.from_pretrained(source.folder, **_LOCAL)
+        except Exception as error:  # the tokenizers library raises bare Exceptions
+            raise _unloadable(source, "tokenizer", error) from error
 
 
 def prompt_ids(tokenizer: Any, text: str, *, add_bos: bool = True) -> list[int]:

@@ -109,7 +109,7 @@ def save_trained(
     *,
     settings: TidarSettings,
     dtype: Literal["source", "float32", "bfloat16"] = "source",
-    extra_json: Mapping[str, Any] | None = None,
+    extra_texts: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a trained model as a checkpoint that looks like the one it was loaded from.
 
@@ -124,7 +124,7 @@ def save_trained(
         settings: written to the `tidar` section of `config.json`.
         dtype: source keeps each tensor's type; float32 and bfloat16 change all, except that what the base keeps wider
             than most of its tensors (routers' biases) stays wide.
-        extra_json: further JSON files to write, document by file name.
+        extra_texts: further files to write, instead of the base's where it has them: text by file name.
 
     Raises:
         UserError: `out` exists or cannot be written, or the model's tensors are not those of the base.
@@ -138,8 +138,7 @@ def save_trained(
     origin = carried_on(base, settings)
     if origin is not None:
         texts[PROVENANCE_FILE] = origin
-    for name, document in (extra_json or {}).items():
-        texts[name] = json.dumps(document, indent=2) + "\n"
+    texts |= extra_texts or {}
     with new_folder(out) as folder:
         saved_folder = folder / ".saved"
         _save_quietly(model, saved_folder)
@@ -155,7 +154,9 @@ def save_trained(
         check_written(folder, targets)
 
 
-def save_gated(weights: Any, base: Path, out: Path, *, settings: TidarSettings) -> None:
+def save_gated(
+    weights: Any, base: Path, out: Path, *, settings: TidarSettings, extra_texts: Mapping[str, str] | None = None
+) -> None:
     """Writes a gated checkpoint: the base's files, its weights by link where the disk can, and the gated weights.
 
     Args:
@@ -163,6 +164,7 @@ def save_gated(weights: Any, base: Path, out: Path, *, settings: TidarSettings) 
         base: folder of the checkpoint that it was loaded from.
         out: folder to write; must not exist.
         settings: written to the `tidar` section of `config.json`.
+        extra_texts: see `save_trained`.
 
     Raises:
         UserError: `out` exists or cannot be written.
@@ -174,6 +176,7 @@ def save_gated(weights: Any, base: Path, out: Path, *, settings: TidarSettings) 
     origin = carried_on(base, settings)
     if origin is not None:
         texts[PROVENANCE_FILE] = origin
+    texts |= extra_texts or {}
     with new_folder(out) as folder:
         for shard in headers.shards:
             place(base / shard.name, folder / shard.name)

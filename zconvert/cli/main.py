@@ -7,12 +7,12 @@ from typing import Annotated
 import typer
 
 from zconvert import __version__
-from zconvert.cli import bench, convert_init, export, generate, inspect, midtrain, ui
+from zconvert.cli import bench, convert_init, export, generate, inspect, midtrain, sft, ui
 
 app = typer.Typer(
     name="zconvert",
     help="Turn an autoregressive Mixture-of-Experts checkpoint into a block-diffusion model, the TiDAR way.",
-    epilog="One after another: inspect → convert-init → midtrain → bench → generate → export. "
+    epilog="One after another: inspect → convert-init → midtrain → sft → bench → generate → export. "
     "Recipes to copy are in recipes/.",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -41,6 +41,12 @@ app.command(
 app.command("midtrain", epilog=_examples("zconvert midtrain recipes/quickstart/midtrain.yaml"))(
     ui.handled(midtrain.command)
 )
+app.command(
+    "sft",
+    epilog=_examples(
+        "zconvert sft recipes/quickstart/sft.yaml", "zconvert sft recipes/quickstart/sft.yaml --show-example"
+    ),
+)(ui.handled(sft.command))
 app.command(
     "generate",
     epilog=_examples(

@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from zconvert.data.documents import Document
@@ -59,8 +60,7 @@ def conversation(row: dict[str, Any], dataset: DatasetRecipe, tokenizer: Any, te
         text, turns = _added_turns(messages, tools, tokenizer, chosen, roles)
     if not text.strip():
         raise UserError("the template makes an empty text of it", fix=_FIX)
-    encoded = tokenizer([text], add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"][0], encoded["offset_mapping"][0]
+    ids, offsets = _encode(text, [turn.start for turn in turns], tokenizer)
     turns = [Turn(max(turn.start, _bos_length(text, tokenizer)), turn.end, turn.content) for turn in turns]
     scored = scored_tokens(text, ids, offsets, turns, special_ids(tokenizer), train_on_eot=dataset.train_on_eot)
     if not any(scored):
@@ -227,6 +227,35 @@ def _not_verified(number: int, reason: str) -> UserError:
     )
 
 
+def _encode(text: str, starts: list[int], tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and offsets of a text, with a token of its own beginning at every start of a turn.
+
+    In decoding a turn begins after the tokens of what asks for it. A token that reaches over that place, such as ` Yes`
+    behind a header that ends in a blank, would never be asked for there, so the text is cut at such places.
+    """
+    ids, offsets = _encode_pieces([text], tokenizer)
+    over = [place for place in starts if any(start < place < end for start, end in offsets)]
+    if over:
+        cuts = [0, *over, len(text)]
+        cut_ids, cut_offsets = _encode_pieces([text[a:b] for a, b in pairwise(cuts)], tokenizer)
+        # Tokenizers that put a blank before every text would put one into the middle: those are left as they were.
+        if tokenizer.decode(cut_ids) == tokenizer.decode(ids):
+            return cut_ids, cut_offsets
+    return ids, offsets
+
+
+def _encode_pieces(pieces: list[str], tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
+    encoded = tokenizer(pieces, add_special_tokens=False, return_offsets_mapping=True)
+    ids: list[int] = []
+    offsets: list[tuple[int, int]] = []
+    begin = 0
+    for piece, its_ids, its_offsets in zip(pieces, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        ids += its_ids
+        offsets += [(begin + start, begin + end) for start, end in its_offsets]
+        begin += len(piece)
+    return ids, offsets
+
+
 def scored_tokens(
     text: str,
     ids: list[int],
@@ -236,7 +265,7 @@ def scored_tokens(
     *,
     train_on_eot: bool,
 ) -> list[bool]:
-    """Which tokens are scored: those that begin inside a turn, and its end as wished.
+    """Which tokens are scored: those that have something of a turn in them, and its end as wished.
 
     The end of a turn is its last control token with nothing but white space after it (which is never scored: nobody
     generates it), or the control token right behind a marked turn, or, of a template that knows none, the white space
@@ -252,8 +281,7 @@ def scored_tokens(
     """
     scored = [False] * len(ids)
     for turn in turns:
-        # Some tokenizers give white space no width; at the very start it belongs to what stands before.
-        inside = [n for n, (start, end) in enumerate(offsets) if turn.start + (start == end) <= start < turn.end]
+        inside = [n for n, (start, end) in enumerate(offsets) if start < turn.end and end > turn.start]
         after = next((n for n, (start, end) in enumerate(offsets) if start >= turn.end and start < end), None)
         marked = turn.content is None
         ends = [n for n in inside if ids[n] in special and not text[offsets[n][1] : turn.end].strip()]

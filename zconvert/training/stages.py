@@ -9,16 +9,19 @@ from typing import Any
 import torch
 
 from zconvert.checkpoint.folder import writing
-from zconvert.checkpoint.load import end_token_ids, load_model
+from zconvert.checkpoint.load import end_token_ids, load_model, load_tokenizer
 from zconvert.checkpoint.source import Source, fingerprint, require_converted, resolve
 from zconvert.checkpoint.weights import save_gated, save_trained
-from zconvert.data.loading import load_stream
+from zconvert.data.loading import first_example, load_stream, read_template
 from zconvert.data.packing import PackedRows
 from zconvert.data.self_generated import Writer
 from zconvert.errors import UserError
 from zconvert.recipe import TrainingRecipe, dump_recipe
 from zconvert.tidar.settings import TidarSettings
 from zconvert.training.loop import OnProgress, Progress, Trainer
+
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+"""transformers reads it before what tokenizer_config.json says"""
 
 
 def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
@@ -76,11 +79,18 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
     trained = dataclasses.replace(
         settings, block_offset=recipe.diffusion.block_offset, stages=(*settings.stages, recipe.stage)
     )
+    # Whoever talks to the new checkpoint writes conversations as it was trained on them.
+    texts = {CHAT_TEMPLATE_FILE: template} if (template := read_template(recipe)) is not None else {}
     if trainer.gated is not None:
-        save_gated(trainer.gated, source.folder, final, settings=trained)
+        save_gated(trainer.gated, source.folder, final, settings=trained, extra_texts=texts)
     else:
-        save_trained(model, source.folder, final, settings=trained, dtype=recipe.save_dtype)
+        save_trained(model, source.folder, final, settings=trained, dtype=recipe.save_dtype, extra_texts=texts)
     return final
+
+
+def example(recipe: TrainingRecipe) -> tuple[str, list[tuple[str, bool]]]:
+    """What a stage would train on first; nothing is written and no weights are loaded. See `first_example`."""
+    return first_example(recipe, load_tokenizer(resolve(recipe.base_model, revision=recipe.revision, weights=False)))
 
 
 def _writer(source: Source, model: Any, tokenizer: Any, settings: TidarSettings) -> Writer:

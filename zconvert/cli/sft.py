@@ -1,0 +1,42 @@
+"""`zconvert sft`: training on conversations by a recipe, and a look at one as it is scored."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from zconvert.cli.training import RecipeFile, run
+from zconvert.cli.ui import err, out
+from zconvert.recipe import SftRecipe, load_recipe
+
+
+def command(
+    recipe: RecipeFile,
+    show_example: Annotated[
+        bool,
+        typer.Option("--show-example", help="Print the first conversation, coloured where it is scored, and stop."),
+    ] = False,
+) -> None:
+    """Train a converted checkpoint on conversations, scored where the assistant speaks; stopped, it continues."""
+    settings = load_recipe(recipe, SftRecipe)
+    if show_example:
+        _show(settings)
+    else:
+        run(settings)
+
+
+def _show(settings: SftRecipe) -> None:
+    from zconvert.training.stages import example
+
+    name, stretches = example(settings)
+    # Where colours do not come through, double brackets stand in for them.
+    begin, end = ("", "") if out.is_terminal else ("[[", "]]")
+    err.print(
+        Text(f"The first conversation of {name}; scored is what is {'green' if out.is_terminal else 'in [[ ]]'}:")
+    )
+    text = Text()
+    for stretch, scored in stretches:
+        text.append(f"{begin}{stretch}{end}" if scored else stretch, style="bold green" if scored else "dim")
+    out.print(text, soft_wrap=True)

@@ -38,7 +38,8 @@ class Choices:
     block_size: int = DEFAULT_BLOCK_SIZE
     """tokens per diffusion block"""
     mask_token: str | int | None = None
-    """text or id of the mask token; None chooses (`choose_mask_token`)"""
+    """text or id of the mask token; None chooses (`choose_mask_token`): with gated parts that have an embedding of
+    their own a virtual one"""
     mask_init: str = DEFAULT_MASK_INIT
     """start value of its embedding row: mean (of the tokenizer's rows), zero, random (normal, as wide as the rows are),
     or copy:<token text or id>"""
@@ -127,14 +128,15 @@ def plan_conversion(source: Source, out: Path, choices: Choices | None = None, *
     headers = headers_of(source)
     require_convertible(source.name, config, headers)
     vocabulary = read_vocabulary(source.folder)
-    mask = choose_mask_token(source.folder, headers, config, choices.mask_token, vocabulary)
+    virtual = choices.gated is not None and choices.gated.mask_embedding
+    mask = choose_mask_token(source.folder, headers, config, choices.mask_token, vocabulary, virtual=virtual)
     settings = _settings(source, mask, choices)
     if choices.gated is not None and mask.source == "grown":
         raise UserError(
             "gated mode leaves every weight as it is, and the embedding has no row left for a mask token",
             found=f"{len(vocabulary)} tokens in as many rows",
             expected="a mask token, or a spare row",
-            fix="name a token that texts never hold: --mask-token TEXT",
+            fix="leave --mask-token out, with mask_embedding: true, or name a token that texts never hold",
         )
     rows = TokenRows(source.folder, headers, config, mask, vocabulary, frozen=choices.gated is not None)
     rows.check_start(choices.mask_init)
@@ -199,6 +201,8 @@ def _settings(source: Source, mask: MaskToken, choices: Choices) -> TidarSetting
 def _texts(folder: Path, config: dict[str, Any], settings: TidarSettings, rows: TokenRows) -> dict[str, str]:
     """New texts of the JSON files that change."""
     changes: dict[str, Any] = {"tidar": settings.to_dict()}
+    if settings.virtual:
+        return {"config.json": patch_config(folder, changes)}
     if rows.mask.source == "grown":
         changes["vocab_size"] = rows.mask.rows
         if rows.per_layer is not None:
@@ -223,7 +227,8 @@ def _derived_generation(config: dict[str, Any]) -> dict[str, Any]:
 def _conversion(settings: TidarSettings, choices: Choices) -> dict[str, Any]:
     """The choices, for `provenance.json`."""
     mask = {"id": settings.mask_token_id, "text": settings.mask_token, "source": settings.mask_token_source}
-    mask |= {"init": choices.mask_init, "seed": choices.seed if choices.mask_init == "random" else None}
+    if choices.gated is None:
+        mask |= {"init": choices.mask_init, "seed": choices.seed if choices.mask_init == "random" else None}
     proposals = None if settings.proposals is None else list(settings.proposals)
     return {"block_size": settings.block_size, "proposals": proposals, "mask_token": mask}
 

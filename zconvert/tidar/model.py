@@ -87,6 +87,7 @@ class LayoutModel:
             options[IN_LAYOUT] = True
         if self.gated is not None:
             self.gated.gate.first = layout.first_slot
+            input_ids = self.gated.with_rows(input_ids)
         try:
             outputs = self._decoder(
                 input_ids=input_ids,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -18,8 +17,10 @@ from tests.checkpoint.tiny import ROWS, make_checkpoint
 from tests.contracts.models import random_ids
 from tests.training.runs import make_run, metrics_of
 from zconvert.checkpoint.export import export
+from zconvert.checkpoint.folder import sha256
 from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.load import load_model
+from zconvert.checkpoint.merge import merge_to_ar
 from zconvert.checkpoint.source import require_converted, resolve
 from zconvert.errors import UserError
 from zconvert.recipe import MidtrainRecipe
@@ -46,8 +47,8 @@ def train(settings: dict[str, Any]) -> Path:
     return stages.train(MidtrainRecipe(**settings), lambda _progress: None)
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,9 @@ def test_a_trained_gated_checkpoint_is_its_source_wherever_it_is_not_asked_to_dr
         assert sha256(trained / shard.name) == sha256(shard), "the source's weights, byte for byte"
     losses = [row["loss_diffusion"] for row in metrics_of(Path(settings["output_dir"]))]
     assert losses[-1] < losses[0] - 0.1, "mask slots must have learnt what a frozen random head can say"
+
+    merge_to_ar(resolve(trained), tmp_path / "merged")
+    assert hashes(tmp_path / "merged") == hashes(source), "and all of it can be had back"
 
     plain, _ = load_model(resolve(source), dtype="float32", device="cpu")
     loaded, _ = load_model(resolve(trained), dtype="float32", device="cpu")

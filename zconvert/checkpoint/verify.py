@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from zconvert.checkpoint.compare import Range, around, first_difference
-from zconvert.checkpoint.folder import companions
 from zconvert.checkpoint.headers import Headers, Shard, TensorInfo, read_headers
 from zconvert.checkpoint.json_patch import read_json
 from zconvert.checkpoint.mask_token import TOKENIZER_FILE, choose_mask_token, read_vocabulary, tokenizer_patches
@@ -99,7 +98,7 @@ def verify(
             linked += 1
         else:
             compared += _check_shard(plan, folder, new, shard, edits)
-    compared += _check_companions(plan, folder)
+    compared += _check_copies(plan, folder)
     _check_texts(plan, folder, new)
     skipped = why_not(plan) if level == "auto" else None
     if level == "bytes" or skipped is not None:
@@ -165,15 +164,14 @@ def _check_rows(file: BinaryIO, tensor: TensorInfo, first: int, values: Floats) 
         raise _damaged(file.name, f"other values in {tensor.name}, from row {first} on", "those of the mask token")
 
 
-def _check_companions(plan: Plan, folder: Path) -> int:
+def _check_copies(plan: Plan, folder: Path) -> int:
     compared = 0
-    for name, path in companions(plan.source.folder).items():
-        if name not in plan.texts:
-            size = path.stat().st_size
-            differs = first_difference(path, folder / name, [(0, 0, size)]) is not None
-            if differs or (folder / name).stat().st_size != size:
-                raise _damaged(folder / name, "other bytes", "the source's")
-            compared += size
+    for name, path in plan.copies.items():
+        size = path.stat().st_size
+        differs = first_difference(path, folder / name, [(0, 0, size)]) is not None
+        if differs or (folder / name).stat().st_size != size:
+            raise _damaged(folder / name, "other bytes", "the source's")
+        compared += size
     return compared
 
 

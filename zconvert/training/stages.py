@@ -10,13 +10,15 @@ import torch
 
 from zconvert.checkpoint.folder import writing
 from zconvert.checkpoint.load import load_model
-from zconvert.checkpoint.source import require_converted, resolve
+from zconvert.checkpoint.source import Source, require_converted, resolve
 from zconvert.checkpoint.weights import save_gated, save_trained
 from zconvert.data.documents import load_documents
 from zconvert.data.packing import PackedRows
 from zconvert.errors import UserError
 from zconvert.recipe import TrainingRecipe, dump_recipe
+from zconvert.tidar.settings import TidarSettings
 from zconvert.training.loop import OnProgress, Progress, Trainer
+from zconvert.training.quantised import pack
 
 
 def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
@@ -46,7 +48,12 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
         torch.set_num_threads(recipe.num_threads)
     torch.manual_seed(recipe.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_model(source, dtype="float32", device=device)
+    if recipe.quantization is None:
+        model, tokenizer = load_model(source, dtype="float32", device=device)
+    else:
+        _require_gated(source, settings)
+        model, tokenizer = load_model(source, device="cpu")
+        on_progress(Progress(message=str(pack(model, recipe.quantization, torch.device(device)))))
     if recipe.experts_implementation is not None:
         _choose_experts(model, recipe.experts_implementation)
     model.config.use_cache = False
@@ -73,6 +80,16 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
     else:
         save_trained(model, source.folder, final, settings=trained, dtype=recipe.save_dtype)
     return final
+
+
+def _require_gated(source: Source, settings: TidarSettings) -> None:
+    if settings.mode != "gated":
+        raise UserError(
+            f"{source.name} cannot be trained with quantised weights",
+            found="mode full, in which every weight is trained",
+            expected="a gated checkpoint, whose source is frozen",
+            fix="quantization: null, or convert the source with --mode gated",
+        )
 
 
 def _choose_experts(model: Any, wanted: str) -> None:

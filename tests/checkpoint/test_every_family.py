@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,16 +15,18 @@ from tests.contracts.models import VOCAB, random_ids
 from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.headers import read_headers
 from zconvert.checkpoint.load import load_model
-from zconvert.checkpoint.source import require_converted, resolve
-from zconvert.checkpoint.weights import save_trained
+from zconvert.checkpoint.source import Source, require_converted, resolve
+from zconvert.checkpoint.weights import save_gated, save_trained
 from zconvert.tidar.acceptance import Sampling
 from zconvert.tidar.decoding import DecodePlan, decode
 from zconvert.tidar.families import FAMILIES
-from zconvert.tidar.generate import settings_of
+from zconvert.tidar.generate import layout_model_of, settings_of
 from zconvert.tidar.model import LayoutModel
+from zconvert.tidar.settings import GatedParts, TidarSettings
 
 MOE = sorted(name for name in FAMILY_MODELS if not FAMILIES[name].dense)
 DENSE = sorted(set(FAMILY_MODELS) - set(MOE))
+PARTS = GatedParts(rank=2, mlp_width=8)
 
 
 @pytest.mark.parametrize("model_type", MOE)
@@ -42,13 +46,43 @@ def test_a_grown_embedding_works_too(model_type: str, tmp_path: Path) -> None:
     _convert_and_decode(model_type, tmp_path, entries=VOCAB)
 
 
+@pytest.mark.parametrize("model_type", ["dbrx", "deepseek_v3", "gemma4_text", "gpt_oss", "inkling_text", "zaya"])
+def test_a_gated_checkpoint_without_a_row_to_spare_decodes_its_sources_text(model_type: str, tmp_path: Path) -> None:
+    _convert_gated_and_decode(model_type, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", list(FAMILY_MODELS))
+def test_and_so_does_one_of_every_family(model_type: str, tmp_path: Path) -> None:
+    _convert_gated_and_decode(model_type, tmp_path)
+
+
+@torch.no_grad()
+def _convert_gated_and_decode(model_type: str, folder: Path) -> None:
+    converted = _convert(make_family_model(model_type), folder, entries=VOCAB, gated=PARTS)
+    settings = replace(require_converted(converted), stages=("midtrain",))
+    assert settings.virtual
+    model, _ = load_model(converted, dtype="float32", device="cpu")
+    weights = layout_model_of(model).gated
+    assert weights is not None
+    torch.manual_seed(5)
+    for parameter in weights.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.2)
+    save_gated(weights, converted.folder, folder / "trained", settings=settings)
+
+    loaded, _ = load_model(resolve(folder / "trained"), dtype="float32", device="cpu")
+    source, _ = load_model(resolve(folder / "source"), dtype="float32", device="cpu")
+    layout, prompt = layout_model_of(loaded), random_ids((10,), seed=1).tolist()
+    assert layout.gated is not None
+    assert all(torch.equal(p, layout.gated.state_dict()[name]) for name, p in weights.state_dict().items())
+    plan, causal = _plans(settings)
+    assert _text(layout, prompt, plan) == _text(LayoutModel(source), prompt, causal)
+
+
 @torch.no_grad()
 def _convert_and_decode(model_type: str, folder: Path, entries: int) -> None:
     model = make_family_model(model_type)
-    model.save_pretrained(folder / "source")
-    make_tokenizer(entries).save_pretrained(folder / "source")
-    convert_init(resolve(folder / "source"), folder / "out", block_size=4)
-    converted = resolve(folder / "out")
+    converted = _convert(model, folder, entries)
     settings = require_converted(converted)
     assert settings.mask_token_id == entries
     loaded, _ = load_model(converted, dtype="float32", device="cpu")
@@ -57,13 +91,28 @@ def _convert_and_decode(model_type: str, folder: Path, entries: int) -> None:
     before, after = model(ids, use_cache=False).logits, loaded(ids, use_cache=False).logits
     assert float((after[..., :entries] - before[..., :entries]).abs().max()) < 1e-6
 
-    prompt, texts = ids[0, :10].tolist(), []
-    for plan in (
+    drafted, one_by_one = (_text(LayoutModel(loaded), ids[0, :10].tolist(), plan) for plan in _plans(settings))
+    assert drafted == one_by_one
+
+
+def _convert(model: Any, folder: Path, entries: int, **choices: Any) -> Source:
+    """The checkpoint that a model and a tokenizer of so many entries are converted to."""
+    model.save_pretrained(folder / "source")
+    make_tokenizer(entries).save_pretrained(folder / "source")
+    convert_init(resolve(folder / "source"), folder / "out", block_size=4, **choices)
+    return resolve(folder / "out")
+
+
+def _plans(settings: TidarSettings) -> tuple[DecodePlan, DecodePlan]:
+    """Greedy decoding with drafts, and without."""
+    return (
         DecodePlan.tidar(settings, Sampling(), frozenset()),
         DecodePlan.autoregressive(settings.mask_token_id, Sampling(), frozenset()),
-    ):
-        texts.append([token for step in decode(LayoutModel(loaded), prompt, plan, 12) for token in step.tokens])
-    assert texts[0] == texts[1]
+    )
+
+
+def _text(layout: LayoutModel, prompt: list[int], plan: DecodePlan) -> list[int]:
+    return [token for step in decode(layout, prompt, plan, 12) for token in step.tokens]
 
 
 @pytest.mark.parametrize("model_type", list(COMPOSITE_MODELS))
@@ -71,10 +120,7 @@ def _convert_and_decode(model_type: str, folder: Path, entries: int) -> None:
 @torch.no_grad()
 def test_a_composite_model_is_converted_and_trained_whole(model_type: str, entries: int, tmp_path: Path) -> None:
     model = make_composite_model(model_type)
-    model.save_pretrained(tmp_path / "source")
-    make_tokenizer(entries).save_pretrained(tmp_path / "source")
-    convert_init(resolve(tmp_path / "source"), tmp_path / "out", block_size=4)
-    converted = resolve(tmp_path / "out")
+    converted = _convert(model, tmp_path, entries)
     settings = require_converted(converted)
     loaded, _ = load_model(converted, dtype="float32", device="cpu")
     assert type(loaded) is type(model)
@@ -82,8 +128,7 @@ def test_a_composite_model_is_converted_and_trained_whole(model_type: str, entri
     ids = random_ids((1, 20), seed=1) % entries
     before, after = model(input_ids=ids, use_cache=False).logits, loaded(input_ids=ids, use_cache=False).logits
     assert float((after[..., :entries] - before[..., :entries]).abs().max()) < 1e-5
-    plan = DecodePlan.tidar(settings, Sampling(), frozenset())
-    assert sum(len(step.tokens) for step in decode(LayoutModel(loaded), ids[0, :10].tolist(), plan, 12)) == 12
+    assert len(_text(LayoutModel(loaded), ids[0, :10].tolist(), _plans(settings)[0])) == 12
 
     save_trained(loaded, converted.folder, tmp_path / "trained", settings=settings)
     source, trained = read_headers(converted.folder), read_headers(tmp_path / "trained")

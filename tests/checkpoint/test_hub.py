@@ -138,12 +138,20 @@ def test_only_the_files_that_are_needed_are_fetched(ask: Callable[..., Any], hub
     folder = hub.repositories["org/sharded"]
     wanted = {path.name for path in folder.iterdir()} - {"pytorch_model.bin", "modeling.py", "original"}
     others = ("model.pth", "x.gguf", "consolidated.safetensors", "adapter_model.safetensors", "tf_model.h5", "run.pt")
-    for name in (*others, "onnx/model.onnx", "original/model.safetensors", "original/params.json"):
-        (folder / name).parent.mkdir(exist_ok=True)
+    copies = ("original/params.json", "tidy/x.json", "tidar-2/x.json", "tests/tidar/x.json")
+    for name in (*others, *copies, "onnx/model.onnx", "original/model.safetensors"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"of no use here")
     answer = ask("org/sharded")
     assert set(answer["files"]) == wanted
     assert not {name.split("/")[0] for name in hub.sent} - wanted - {"gated.safetensors"}
+
+
+def test_what_a_gated_checkpoint_keeps_of_its_source_is_fetched(ask: Callable[..., Any], hub: LoopbackHub) -> None:
+    originals = hub.repositories["org/sharded"] / "tidar" / "source"
+    originals.mkdir()
+    (originals / "config.json").write_text("{}")
+    assert (Path(ask("org/sharded")["folder"]) / "tidar" / "source" / "config.json").read_text() == "{}"
 
 
 def test_pickled_weights_alone_are_refused_with_how_to_convert_them(ask: Callable[..., Any], hub: LoopbackHub) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from tests.checkpoint.sparse import meta_shapes, one_by_one, write_sparse
-from tests.contracts.families import ALTERNATING, COMMON, FAMILY_MODELS, MLA
+from tests.contracts.families import ALTERNATING, COMMON, FAMILY_MODELS, MLA, config_class
 from zconvert.checkpoint.anatomy import _SIGMOID, _SOFTMAX
 from zconvert.checkpoint.describe import describe
 from zconvert.checkpoint.headers import Headers, TensorInfo, read_headers
@@ -57,7 +57,7 @@ def tiny_model(model_type: str, experts: int, device: str) -> Any:
     own = copy.deepcopy({**FAMILY_MODELS, **REFUSED_MODELS}[model_type])
     if "ffn_config" in own:
         own["ffn_config"]["moe_num_experts"] = experts
-    kind = CONFIG_MAPPING[model_type]
+    kind = config_class(model_type)
     known = {name for base in kind.__mro__ for name in getattr(base, "__annotations__", {})}
     settings = {**COMMON, **own, **dict.fromkeys(EXPERT_KEYS, experts)}
     config = kind(**{name: value for name, value in settings.items() if name in known or name in own})

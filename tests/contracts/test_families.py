@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from tests.contracts import checks
 from tests.contracts.checks import BLOCK, ROWS, TOLERANCE
@@ -28,6 +30,11 @@ def family(request: pytest.FixtureRequest) -> Pair:
 
 def test_every_family_of_the_table_is_tested_here() -> None:
     assert sorted(FAMILY_MODELS) == sorted(FAMILIES)
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="an older transformers lacks families")
+def test_no_family_is_left_out_where_transformers_is_new_enough() -> None:
+    assert [name for name in (*FAMILY_MODELS, *COMPOSITE_MODELS) if name not in transformers.CONFIG_MAPPING] == []
 
 
 @torch.no_grad()

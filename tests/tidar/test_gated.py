@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.contracts import checks
 from tests.contracts.checks import BLOCK, ROWS, TOLERANCE
 from tests.contracts.families import FAMILY_MODELS, family_pair
-from tests.contracts.models import MASK, Pair, random_ids
+from tests.contracts.models import MASK, VOCAB, Pair, random_ids
 from tests.contracts.reference import causal_logits
 from zconvert.tidar.cache import TidarCache
 from zconvert.tidar.families import FAMILIES
@@ -48,9 +48,9 @@ def parts_of(model_type: str) -> dict[str, Any]:
     return {**ALL_PARTS, "router": routers}
 
 
-def slot_logits(layout: LayoutModel, ids: Tensor) -> Tensor:
+def slot_logits(layout: LayoutModel, ids: Tensor, mask: int = MASK) -> Tensor:
     """(T,) -> (T, V): logits of the mask slots of a packed row of one document."""
-    row = torch.cat([ids, torch.full_like(ids, MASK)])[None]
+    row = torch.cat([ids, torch.full_like(ids, mask)])[None]
     places = packed_layout(torch.zeros(1, len(ids), dtype=torch.long), BLOCK)
     return layout.logits(layout.hidden_states(row, places))[0, len(ids) :]
 
@@ -87,6 +87,22 @@ def test_every_family_keeps_its_ar_path_bit_for_bit_and_its_contracts(model_type
         cache.commit(start - cache.committed)
         for logits in (alone, cached):
             assert float((logits - packed[start : start + BLOCK]).abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize("model_type", list(FAMILY_MODELS))
+@torch.no_grad()
+def test_every_family_takes_a_mask_token_beyond_its_rows(model_type: str) -> None:
+    layout, ids = gated_pair(model_type).layout, random_ids((24,), seed=1)
+    rows = layout.model.get_input_embeddings().weight.shape[0]
+    assert torch.equal(slot_logits(layout, ids, mask=rows), slot_logits(layout, ids, mask=rows - 1))
+
+
+@torch.no_grad()
+def test_a_clean_token_beyond_the_rows_is_still_an_error() -> None:
+    layout, ids = gated_pair("mixtral").layout, random_ids((24,), seed=1)
+    ids[3] = VOCAB
+    with pytest.raises(IndexError):
+        slot_logits(layout, ids)
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "zaya", "deepseek_v3", "gpt_oss"])

@@ -44,6 +44,7 @@ def test_two_keys_suffice_and_unknown_ones_are_of_a_newer_minor_version() -> Non
         ({"block_size": 4, "mask_token_id": 1, "proposals": ["1"]}, "expected whole numbers"),
         ({"block_size": 4, "mask_token_id": 1, "proposals": 3}, "expected a list"),
         ({"block_size": 4, "mask_token_id": -1}, "tidar.mask_token_id is -1"),
+        ({"block_size": 4, "mask_token_id": 9, "mask_token_source": "virtual"}, "virtual, expected mode gated"),
         ({"block_size": 4, "mask_token_id": 1, "format_version": 2}, "format_version is 2, .* upgrade"),
         ({"block_size": 4, "mask_token_id": 1, "proposals": [1, 5]}, "from 1 to 4"),
         ({"block_size": 4, "mask_token_id": 1, "proposals": []}, "from 1 to 4"),

@@ -13,11 +13,11 @@ from zconvert.checkpoint.source import resolve
 TIMINGS = ("seconds", "tokens_per_second")
 
 
-def make_run(folder: Path, model_type: str = "zaya", **changes: Any) -> dict[str, Any]:
+def make_run(folder: Path, model_type: str = "zaya", *, spare_rows: int = 4, **changes: Any) -> dict[str, Any]:
     """Makes source, data and converted checkpoint in `folder`; returns the recipe's settings."""
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / "source"
-    make_checkpoint(source, model_type)
+    make_checkpoint(source, model_type, spare_rows=spare_rows)
     convert_init(resolve(str(source)), folder / "init", block_size=4)
     texts = ["the cat sat on the mat. " * n for n in (1, 2, 3, 1, 2, 1, 3, 2)]
     (folder / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.checkpoint.tiny import make_checkpoint
+from tests.checkpoint.tiny import ROWS, make_checkpoint
 from tests.contracts.models import random_ids
 from tests.training.runs import make_run, metrics_of
 from zconvert.checkpoint.export import export
+from zconvert.checkpoint.folder import sha256
 from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.load import load_model
+from zconvert.checkpoint.merge import merge_to_ar
 from zconvert.checkpoint.source import require_converted, resolve
 from zconvert.errors import UserError
 from zconvert.recipe import MidtrainRecipe
@@ -31,9 +33,11 @@ from zconvert.training import stages
 PARTS = GatedParts(rank=4, mlp_width=16)
 
 
-def gated_run(folder: Path, model_type: str = "zaya", **changes: Any) -> dict[str, Any]:
-    settings = make_run(folder, model_type, **changes)
-    convert_init(resolve(folder / "source"), folder / "gated", block_size=4, gated=PARTS)
+def gated_run(
+    folder: Path, model_type: str = "zaya", *, mask_token: str | None = None, spare_rows: int = 4, **changes: Any
+) -> dict[str, Any]:
+    settings = make_run(folder, model_type, spare_rows=spare_rows, **changes)
+    convert_init(resolve(folder / "source"), folder / "gated", block_size=4, gated=PARTS, mask_token=mask_token)
     return {**settings, "base_model": str(folder / "gated")}
 
 
@@ -41,17 +45,24 @@ def train(settings: dict[str, Any]) -> Path:
     return stages.train(MidtrainRecipe(**settings), lambda _progress: None)
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("model_type", ["zaya", "qwen3_moe", "mixtral"])
+@pytest.mark.parametrize(
+    ("model_type", "how"),
+    [
+        ("zaya", {}),
+        ("qwen3_moe", {"spare_rows": 0}),
+        ("mixtral", {"mask_token": "<mask>"}),
+    ],
+)
 @torch.no_grad()
 def test_a_trained_gated_checkpoint_is_its_source_wherever_it_is_not_asked_to_draft(
-    model_type: str, tmp_path: Path
+    model_type: str, how: dict[str, Any], tmp_path: Path
 ) -> None:
     # From the data: the AR distribution of random weights holds little to learn.
-    settings = gated_run(tmp_path, model_type, diffusion={"objective": "data"})
+    settings = gated_run(tmp_path, model_type, **how, diffusion={"objective": "data"})
     with torch.enable_grad():
         trained = train(settings)
     source = tmp_path / "source"
@@ -59,6 +70,9 @@ def test_a_trained_gated_checkpoint_is_its_source_wherever_it_is_not_asked_to_dr
         assert sha256(trained / shard.name) == sha256(shard), "the source's weights, byte for byte"
     losses = [row["loss_diffusion"] for row in metrics_of(Path(settings["output_dir"]))]
     assert losses[-1] < losses[0] - 0.1, "mask slots must have learnt what a frozen random head can say"
+
+    merge_to_ar(resolve(trained), tmp_path / "merged")
+    assert hashes(tmp_path / "merged") == hashes(source), "and all of it can be had back"
 
     plain, _ = load_model(resolve(source), dtype="float32", device="cpu")
     loaded, _ = load_model(resolve(trained), dtype="float32", device="cpu")
@@ -150,8 +164,42 @@ def test_an_untrained_gated_checkpoint_is_not_exported(tmp_path: Path) -> None:
         export(resolve(tmp_path / "gated"), tmp_path / "exported")
 
 
-def test_gated_mode_needs_a_row_for_the_mask_token(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spare_rows", [0, 4])
+def test_a_virtual_mask_token_changes_no_file_of_the_source_but_its_config(tmp_path: Path, spare_rows: int) -> None:
+    source = make_checkpoint(tmp_path / "source", "mixtral", spare_rows=spare_rows, shards=3)
+    settings = convert_init(resolve(source), tmp_path / "out", verify="logits", block_size=4, gated=PARTS)
+    assert (settings.mask_token_id, settings.mask_token, settings.mask_token_source) == (ROWS, "", "virtual")
+    for path in source.iterdir():
+        if path.name != "config.json":
+            assert sha256(tmp_path / "out" / path.name) == sha256(path)
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "out"))
+    assert after == {**before, "tidar": settings.to_dict()}
+
+
+def test_a_named_mask_token_of_a_gated_checkpoint_has_a_row_of_the_source(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", "mixtral")
+    settings = convert_init(resolve(source), tmp_path / "out", block_size=4, gated=PARTS, mask_token="<gap>")
+    assert (settings.mask_token_id, settings.mask_token, settings.mask_token_source) == (60, "<gap>", "spare_row")
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [{"gated": PARTS, "mask_token": "<gap>"}, {"gated": replace(PARTS, mask_embedding=False)}],
+    ids=["named", "no embedding of its own"],
+)
+def test_a_mask_token_that_is_not_virtual_needs_a_row(tmp_path: Path, choices: dict[str, Any]) -> None:
     make_checkpoint(tmp_path / "full", "mixtral", spare_rows=0)
     with pytest.raises(UserError, match="no row left"):
-        convert_init(resolve(tmp_path / "full"), tmp_path / "out", block_size=4, gated=PARTS)
+        convert_init(resolve(tmp_path / "full"), tmp_path / "out", block_size=4, **choices)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_virtual_mask_token_that_is_a_token_of_the_model_is_refused(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", "mixtral")
+    convert_init(resolve(source), tmp_path / "out", block_size=4, gated=PARTS)
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    config["tidar"]["mask_token_id"] = ROWS - 1
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="does not fit the model"):
+        require_converted(resolve(tmp_path / "out"))

@@ -9,7 +9,7 @@ from typing import Any
 
 from zconvert.checkpoint.folder import BASE_CARD
 from zconvert.errors import UserError
-from zconvert.tidar.settings import TidarSettings
+from zconvert.tidar.settings import GATED_FILE, TidarSettings
 
 TAGS = ("tidar", "block-diffusion", "diffusion-language-model", "zconvert", "custom_generate")
 _INHERITED = ("license", "license_name", "license_link", "language")
@@ -108,9 +108,16 @@ def _summary(settings: TidarSettings, config: Mapping[str, Any]) -> str:
     text = (
         f"{_base(settings)}, turned into a block-diffusion model by the TiDAR recipe "
         "([arXiv 2511.08923](https://arxiv.org/abs/2511.08923)): in one forward it verifies a draft autoregressively "
-        f"and writes the next one by diffusion, up to {settings.block_size} tokens at a time. The weights are those of "
-        f"an unmodified `{kind}`, so it is a plain autoregressive model as well."
+        f"and writes the next one by diffusion, up to {settings.block_size} tokens at a time. "
     )
+    if settings.mode == "gated":
+        text += (
+            "The base model's weights are here byte for byte, as they were frozen in training; small weights beside "
+            f"them (`{GATED_FILE}`) act at the slots of a draft only. So the autoregressive path is the base model's, "
+            "bit for bit."
+        )
+    else:
+        text += f"The weights are those of an unmodified `{kind}`, so it is a plain autoregressive model as well."
     if not settings.stages:
         text += (
             "\n\n**Not trained yet**: this is the converted starting point. It decodes correctly, but its drafts are "
@@ -120,6 +127,16 @@ def _summary(settings: TidarSettings, config: Mapping[str, Any]) -> str:
 
 
 def _usage(settings: TidarSettings) -> str:
+    never = f"""\
+Never let it emit the mask token `{settings.mask_token}` (id {settings.mask_token_id}); \
+`generation_config.json` suppresses it."""
+    if settings.virtual:
+        never = "It is the base model then, token by token."
+    reference = f"""\
+this model is. It is not
+lossless with respect to the base model, whose weights were {"trained further" if settings.stages else "the start"}."""
+    if settings.mode == "gated":
+        reference = "the base model is,\nwhose weights nothing has moved."
     return f"""\
 With TiDAR decoding; the code is in `custom_generate/`, read it before you trust it:
 
@@ -135,11 +152,9 @@ print(tokenizer.decode(ids[0]))
 ```
 
 As a plain autoregressive model: the same without `trust_remote_code=True`, or in any engine that serves its
-architecture. Never let it emit the mask token `{settings.mask_token}` (id {settings.mask_token_id}); \
-`generation_config.json` suppresses it.
+architecture. {never}
 
-By default decoding is lossless: the text is distributed as autoregressive sampling from this model is. It is not
-lossless with respect to the base model, whose weights were {"trained further" if settings.stages else "the start"}."""
+By default decoding is lossless: the text is distributed as autoregressive sampling from {reference}"""
 
 
 def _lineage(settings: TidarSettings, has_recipe: bool) -> str:
@@ -148,11 +163,15 @@ def _lineage(settings: TidarSettings, has_recipe: bool) -> str:
         "spare_row": "a spare row of the embedding",
         "grown": "a new row of the embedding",
     }
+    mask = f"`{settings.mask_token}` (id {settings.mask_token_id}), "
+    mask += origin.get(settings.mask_token_source, settings.mask_token_source)
+    if settings.virtual:
+        mask = f"none in the vocabulary: slots of a draft have an embedding of their own (id {settings.mask_token_id})"
     proposals = "all" if settings.proposals is None else ", ".join(map(str, settings.proposals))
     lines = [
         f"base model: {_base(settings)}",
-        f"mask token: `{settings.mask_token}` (id {settings.mask_token_id}), "
-        f"{origin.get(settings.mask_token_source, settings.mask_token_source)}",
+        f"mask token: {mask}",
+        *([f"gated weights: {settings.gated.described()}"] if settings.gated is not None else []),
         f"block size: {settings.block_size} tokens; block offset in training: {settings.block_offset}",
         f"proposals in decoding: {proposals}",
         f"training stages: {', '.join(settings.stages) or 'none'}",

@@ -67,8 +67,8 @@ def describe(source: Source) -> dict[str, Any]:
         - `parameters`: `total`, `active` for one token, `active_without_embeddings`; null where tensors are missing
         - `vocabulary`: embedding `rows`, tokenizer `tokens`, and `spare_rows` between them
         - `tied_embeddings`: whether the head is the input embedding
-        - `mask_token`: `id`, `text` and `source` (`existing`, `spare_row`, `grown`), as convert-init would choose it or
-          has chosen it; null where refused
+        - `mask_token`: `id`, `text` and `source` (`existing`, `spare_row`, `grown`, `virtual`), as convert-init would
+          choose it for full training or has chosen it; null where refused
         - `shards`: `name` and `bytes` of each weight file
         - `index`: against the index of shards, how many tensors are `missing` and `extra`, some `examples` of them, and
           the `missing_shards`; null for a checkpoint without index

@@ -6,7 +6,6 @@ without `trust_remote_code` the folder is the plain autoregressive model.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,12 +13,12 @@ from typing import Any
 
 import zconvert
 from zconvert.checkpoint.card import inherited_metadata, model_card
-from zconvert.checkpoint.folder import copy, copy_companions, new_folder
+from zconvert.checkpoint.folder import copy, copy_companions, new_folder, sha256
 from zconvert.checkpoint.graft import GENERATION_CONFIG, generation_patch
 from zconvert.checkpoint.headers import INDEX_FILE, Headers, read_headers
 from zconvert.checkpoint.json_patch import read_json
 from zconvert.checkpoint.mask_token import choose_mask_token, tokenizer_patches
-from zconvert.checkpoint.provenance import PROVENANCE_FILE, provenance
+from zconvert.checkpoint.provenance import PROVENANCE_FILE, SOURCE_FILES, provenance
 from zconvert.checkpoint.source import Source, read_config, require_converted
 from zconvert.checkpoint.weights import check_written
 from zconvert.errors import UserError
@@ -29,7 +28,6 @@ CODE_FOLDER = "custom_generate"
 REQUIREMENTS = ("torch>=2.11", "transformers>=5.17")
 """what custom_generate needs: the lower bounds of pyproject.toml"""
 RECIPE_FILE = "zconvert_config.yaml"
-_CHUNK = 16 * 1024 * 1024
 
 
 def export(
@@ -92,14 +90,15 @@ def export(
             copy(source / INDEX_FILE, folder / INDEX_FILE)
         copy_companions(source, folder, without=texts)
         if settings.mode == "gated":
-            (folder / GATED_FILE).parent.mkdir()
+            (folder / GATED_FILE).parent.mkdir(exist_ok=True)
             copy(source / GATED_FILE, folder / GATED_FILE)
             weights[GATED_FILE] = {
                 "bytes": (folder / GATED_FILE).stat().st_size,
                 "sha256": _verified_hash(source, folder, GATED_FILE),
             }
         _write_code(folder / CODE_FOLDER)
-        origin = provenance(settings, weights=dict(weights), results=results)
+        kept = {k: v for k, v in read_json(source / PROVENANCE_FILE).items() if k == SOURCE_FILES}
+        origin = provenance(settings, **kept, weights=dict(weights), results=results)
         texts[PROVENANCE_FILE] = json.dumps(origin, indent=2) + "\n"
         for name, text in texts.items():
             (folder / name).write_bytes(text.encode())
@@ -121,6 +120,8 @@ def export(
 
 def _checked_texts(source: Path, headers: Headers, config: dict[str, Any], settings: TidarSettings) -> dict[str, str]:
     """JSON files put right where somebody's edits undid what decoding needs; mostly they are as they should be."""
+    if settings.virtual:
+        return {}
     mask = choose_mask_token(source, headers, config, settings.mask_token_id)
     if mask.text != settings.mask_token:
         raise UserError(
@@ -138,7 +139,7 @@ def _checked_texts(source: Path, headers: Headers, config: dict[str, Any], setti
 
 def _verified_hash(source: Path, folder: Path, name: str) -> str:
     """The sha256 of a copied file, compared with the original's."""
-    before, after = _sha256(source / name), _sha256(folder / name)
+    before, after = sha256(source / name), sha256(folder / name)
     if before != after:
         raise UserError(
             f"{name} did not arrive whole",
@@ -147,14 +148,6 @@ def _verified_hash(source: Path, folder: Path, name: str) -> str:
             fix="export again; if it happens again, check the disk, and that nothing writes to the checkpoint",
         )
     return after
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _write_code(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -31,7 +32,9 @@ _STAY_SUFFIXES = {
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".tflite"),
     *(".tmp", ".lock", ".incomplete"),
 }
-_FOLDERS = ("additional_chat_templates",)
+ORIGINALS = "tidar/source"
+"""in a gated checkpoint: the source's own of the files that the conversion patched"""
+_FOLDERS = ("additional_chat_templates", ORIGINALS)
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _CHUNK = 4 * 1024 * 1024
 _BUFFER = 1024 * 1024
@@ -143,7 +146,8 @@ def copy(src: Path, dst: Path) -> Placed:
 
 
 def copy_companions(src: Path, dst: Path, *, without: Collection[str] = ()) -> None:
-    """Copies what belongs to a checkpoint beside its weights: tokenizer, chat templates, licence, its own code.
+    """Copies what belongs to a checkpoint beside its weights: tokenizer, chat templates, licence, its own code, and
+    what a gated one keeps of its source.
 
     Copies and not links, since these are files that people edit. Weights (also of other formats, which would still hold
     the old values), train states, hidden files and the model card stay; a source's card goes along as `BASE_CARD`.
@@ -155,7 +159,7 @@ def copy_companions(src: Path, dst: Path, *, without: Collection[str] = ()) -> N
     """
     for name, path in companions(src).items():
         if name not in without:
-            (dst / name).parent.mkdir(exist_ok=True)
+            (dst / name).parent.mkdir(parents=True, exist_ok=True)
             copy(path, dst / name)
 
 
@@ -166,10 +170,11 @@ def companions(src: Path) -> dict[str, Path]:
         UserError: such a file is a link that leads nowhere.
     """
     found: dict[str, Path] = {}
+    for folder in _FOLDERS:
+        if (src / folder).is_dir():
+            found |= {f"{folder}/{inner.name}": inner for inner in sorted((src / folder).iterdir()) if inner.is_file()}
     for path in sorted(src.iterdir()):
         name = path.name
-        if name in _FOLDERS and path.is_dir():
-            found |= {f"{name}/{inner.name}": inner for inner in sorted(path.iterdir()) if inner.is_file()}
         if name.startswith(".") or path.suffix.lower() in _STAY_SUFFIXES or name in _STAY:
             continue
         if path.is_symlink() and not os.path.exists(path):  # also a loop, which Path.exists of Python 3.11 raises on
@@ -184,6 +189,12 @@ def companions(src: Path) -> dict[str, Path]:
     if (src / "README.md").is_file() and BASE_CARD not in found:
         found[BASE_CARD] = src / "README.md"
     return found
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def refuse_existing(out: Path) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zconvert.checkpoint.folder import copy, copy_companions, flush, new_folder, place
+from zconvert.checkpoint.folder import copy, flush, new_folder, place
 from zconvert.checkpoint.headers import Shard, TensorInfo
 from zconvert.checkpoint.plan import GENERATION_CONFIG, Choices, FileStep, Plan, generation_patch, plan_conversion
 from zconvert.checkpoint.rows import Floats, as_stored
@@ -71,13 +71,14 @@ def carry_out(plan: Plan, *, level: Level = "bytes", on_step: Callable[[str], No
     """
     tell = on_step or (lambda _: None)
     check_level(plan, level)
-    source = plan.source.folder
     done = {step.name: step for step in plan.steps}
     with new_folder(plan.out) as folder, ThreadPoolExecutor(1) as beside:
         # Beside the copying, which leaves the processor to others: the rows' values, and later the way to the disk.
         edits = beside.submit(plan.rows.edits, plan.choices.mask_init, plan.choices.seed)
         flushes = []
-        copy_companions(source, folder, without=plan.texts)
+        for name, path in plan.copies.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            copy(path, folder / name)
         for name, text in plan.texts.items():
             (folder / name).write_bytes(text.encode())
         for shard in plan.headers.shards:

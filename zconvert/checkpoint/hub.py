@@ -16,8 +16,10 @@ from zconvert.errors import UserError
 from zconvert.tidar.settings import GATED_FILE
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*", "README.md"]
-# Copies for other programs are in sub-folders; additional_chat_templates/*.jinja is the one that is wanted.
-_IGNORED = ["*/*.json", "*/*.txt", "*/*.model", "*/*.tiktoken"]
+# Copies for other programs are in sub-folders; what is wanted are additional_chat_templates/*.jinja and tidar/source.
+# Patterns know no exceptions: the name of another folder differs from "tidar/" in the first letter, or the second, …
+_OTHER_FOLDERS = [f"{'tidar/'[:place]}[!{letter}]*/" for place, letter in enumerate("tidar/")]
+_IGNORED = [folder + files for folder in _OTHER_FOLDERS for files in ("*.json", "*.txt", "*.model", "*.tiktoken")]
 
 _TRIES_IN_VAIN = 3
 

@@ -127,7 +127,9 @@ def _check_files(source: Source) -> None:
     """Refuses what transformers would load as something else: without tokenizer files it makes up an empty one."""
     headers_of(source)  # damaged weights are told apart better here than by a loader
     vocabulary, settings = read_vocabulary(source.folder), tidar_settings(read_config(source.folder))
-    if settings is not None and vocabulary.ids.get(settings.mask_token) != settings.mask_token_id:
+    if settings is None:
+        return
+    if not settings.virtual and vocabulary.ids.get(settings.mask_token) != settings.mask_token_id:
         found = vocabulary.ids.get(settings.mask_token)
         raise UserError(
             "the tokenizer is not the one that the checkpoint was converted with",
@@ -135,7 +137,7 @@ def _check_files(source: Source) -> None:
             expected=f"the mask token {settings.mask_token!r} with id {settings.mask_token_id}",
             fix="copy the tokenizer's files from the converted checkpoint",
         )
-    trained = settings.stages if settings is not None and settings.mode == "gated" else ()
+    trained = settings.stages if settings.mode == "gated" else ()
     if trained and not (source.folder / GATED_FILE).exists():
         raise UserError(
             f"the gated weights of {source.name} are missing",

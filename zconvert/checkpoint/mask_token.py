@@ -37,8 +37,8 @@ class MaskToken:
 
     id: int
     text: str
-    source: Literal["existing", "spare_row", "grown"]
-    """where its embedding row is: an entry's own, a row beyond the tokenizer's entries, or a row to add"""
+    source: Literal["existing", "spare_row", "grown", "virtual"]
+    """where its embedding row is: an entry's own, a row beyond the tokenizer's entries, a row to add, or nowhere"""
     rows: int
     """embedding rows the checkpoint has with it; more than before only where `source` is grown"""
 
@@ -108,6 +108,8 @@ def choose_mask_token(
     config: dict[str, Any],
     wanted: str | int | None = None,
     vocabulary: Vocabulary | None = None,
+    *,
+    virtual: bool = False,
 ) -> MaskToken:
     """Chooses the mask token: the tokenizer's own, else a spare row's id, else one that needs a new row.
 
@@ -117,6 +119,7 @@ def choose_mask_token(
         config: its `config.json`.
         wanted: text or id of the token to take instead; a text that the tokenizer lacks is added to it.
         vocabulary: the tokenizer's entries, where they were read already.
+        virtual: none needs a row, so that where none is wanted it is an id that neither tokenizer nor embedding have.
 
     Raises:
         UserError: tokenizer and embedding do not fit, or `wanted` cannot be the mask token.
@@ -124,6 +127,8 @@ def choose_mask_token(
     rows = embedding_tensor(headers, config).shape[0]
     vocabulary = vocabulary or read_vocabulary(folder)
     _check_fit(vocabulary, rows)
+    if virtual and wanted is None:
+        return MaskToken(rows, "", "virtual", rows)
     if isinstance(wanted, int):
         if wanted in vocabulary.texts:
             return _existing(folder, vocabulary, config, vocabulary.texts[wanted], rows)
@@ -161,6 +166,8 @@ def tokenizer_patches(folder: Path, mask: MaskToken, vocabulary: Vocabulary | No
     """
     entry = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     texts: dict[str, str] = {}
+    if mask.source == "virtual":
+        return texts
     if mask.text not in (vocabulary or read_vocabulary(folder)).added:
         tokenizer = read_json_text(folder / TOKENIZER_FILE)
         added = {"id": mask.id, "content": mask.text, **entry}

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from zconvert.checkpoint.folder import can_link, companions, free_space, refuse_existing
+from zconvert.checkpoint.folder import ORIGINALS, can_link, companions, free_space, refuse_existing
 from zconvert.checkpoint.headers import INDEX_FILE, Headers, Shard, TensorInfo
 from zconvert.checkpoint.json_patch import parse_json_object, patch_json, read_json, read_json_text
 from zconvert.checkpoint.mask_token import MaskToken, choose_mask_token, read_vocabulary, tokenizer_patches
-from zconvert.checkpoint.provenance import PROVENANCE_FILE, provenance
+from zconvert.checkpoint.provenance import PROVENANCE_FILE, SOURCE_FILES, provenance, source_files
 from zconvert.checkpoint.rows import TokenRows
 from zconvert.checkpoint.source import Source, headers_of, read_config, tidar_settings
 from zconvert.checkpoint.verdict import require_convertible
@@ -38,7 +38,8 @@ class Choices:
     block_size: int = DEFAULT_BLOCK_SIZE
     """tokens per diffusion block"""
     mask_token: str | int | None = None
-    """text or id of the mask token; None chooses (`choose_mask_token`)"""
+    """text or id of the mask token; None chooses (`choose_mask_token`): with gated parts that have an embedding of
+    their own a virtual one"""
     mask_init: str = DEFAULT_MASK_INIT
     """start value of its embedding row: mean (of the tokenizer's rows), zero, random (normal, as wide as the rows are),
     or copy:<token text or id>"""
@@ -79,6 +80,8 @@ class Plan:
     rows: TokenRows = field(repr=False)
     texts: dict[str, str] = field(repr=False)
     """the files that change or are new, but for weights: text by name"""
+    copies: dict[str, Path] = field(repr=False)
+    """the files that go along unchanged, but for weights: the source's file by name in the new folder"""
     steps: tuple[FileStep, ...] = field(repr=False)
 
     def edited(self, shard: Shard) -> list[TensorInfo]:
@@ -127,26 +130,29 @@ def plan_conversion(source: Source, out: Path, choices: Choices | None = None, *
     headers = headers_of(source)
     require_convertible(source.name, config, headers)
     vocabulary = read_vocabulary(source.folder)
-    mask = choose_mask_token(source.folder, headers, config, choices.mask_token, vocabulary)
+    virtual = choices.gated is not None and choices.gated.mask_embedding
+    mask = choose_mask_token(source.folder, headers, config, choices.mask_token, vocabulary, virtual=virtual)
     settings = _settings(source, mask, choices)
     if choices.gated is not None and mask.source == "grown":
         raise UserError(
             "gated mode leaves every weight as it is, and the embedding has no row left for a mask token",
             found=f"{len(vocabulary)} tokens in as many rows",
             expected="a mask token, or a spare row",
-            fix="name a token that texts never hold: --mask-token TEXT",
+            fix="leave --mask-token out, with mask_embedding: true, or name a token that texts never hold",
         )
     rows = TokenRows(source.folder, headers, config, mask, vocabulary, frozen=choices.gated is not None)
     rows.check_start(choices.mask_init)
     _check_ids(source.folder, config, rows.before)
     tensors = headers.tensors | {t.name: _resized(t, mask.rows) for t in rows.edited}
     texts = _texts(source.folder, config, settings, rows)
-    index = index_patch(source.folder, headers, tensors.values())
+    index = index_patch(source.folder, headers, tensors.values()) if rows.edited else None
     if index is not None:
         texts[INDEX_FILE] = index
-    origin = provenance(settings, conversion=_conversion(settings, choices), rows=_changed(rows))
+    copies = _copies(source.folder, headers, texts, gated=choices.gated is not None)
+    kept = {SOURCE_FILES: source_files(source.folder, headers.shards, copies)} if choices.gated is not None else {}
+    origin = provenance(settings, conversion=_conversion(settings, choices), rows=_changed(rows), **kept)
     texts[PROVENANCE_FILE] = json.dumps(origin, indent=2) + "\n"
-    plan = Plan(source, out, choices, settings, mask, headers, tensors, rows, texts, ())
+    plan = Plan(source, out, choices, settings, mask, headers, tensors, rows, texts, copies, ())
     return dataclasses.replace(plan, steps=tuple(_steps(plan, copy)))
 
 
@@ -199,6 +205,8 @@ def _settings(source: Source, mask: MaskToken, choices: Choices) -> TidarSetting
 def _texts(folder: Path, config: dict[str, Any], settings: TidarSettings, rows: TokenRows) -> dict[str, str]:
     """New texts of the JSON files that change."""
     changes: dict[str, Any] = {"tidar": settings.to_dict()}
+    if settings.virtual:
+        return {"config.json": patch_config(folder, changes)}
     if rows.mask.source == "grown":
         changes["vocab_size"] = rows.mask.rows
         if rows.per_layer is not None:
@@ -212,6 +220,15 @@ def _texts(folder: Path, config: dict[str, Any], settings: TidarSettings, rows: 
     }
 
 
+def _copies(folder: Path, headers: Headers, texts: Collection[str], *, gated: bool) -> dict[str, Path]:
+    """The files that are copied: what is not patched, and where the source is to be had back what is."""
+    copies = {name: path for name, path in companions(folder).items() if name not in texts}
+    if headers.indexed and INDEX_FILE not in texts:
+        copies[INDEX_FILE] = folder / INDEX_FILE
+    patched = [name for name in texts if (folder / name).exists()] if gated else []
+    return {**copies, **{f"{ORIGINALS}/{name}": folder / name for name in patched}}
+
+
 def _derived_generation(config: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoConfig, GenerationConfig
 
@@ -223,7 +240,8 @@ def _derived_generation(config: dict[str, Any]) -> dict[str, Any]:
 def _conversion(settings: TidarSettings, choices: Choices) -> dict[str, Any]:
     """The choices, for `provenance.json`."""
     mask = {"id": settings.mask_token_id, "text": settings.mask_token, "source": settings.mask_token_source}
-    mask |= {"init": choices.mask_init, "seed": choices.seed if choices.mask_init == "random" else None}
+    if choices.gated is None:
+        mask |= {"init": choices.mask_init, "seed": choices.seed if choices.mask_init == "random" else None}
     proposals = None if settings.proposals is None else list(settings.proposals)
     return {"block_size": settings.block_size, "proposals": proposals, "mask_token": mask}
 
@@ -253,10 +271,9 @@ def _steps(plan: Plan, copy: bool) -> list[FileStep]:
             steps.append(FileStep(shard.name, "link", shard.bytes, 0))
         else:
             steps.append(FileStep(shard.name, "copy", shard.bytes, shard.bytes))
-    for name, path in companions(folder).items():
-        if name not in plan.texts:
-            size = path.stat().st_size
-            steps.append(FileStep(name, "copy", size, size))
+    for name, path in plan.copies.items():
+        size = path.stat().st_size
+        steps.append(FileStep(name, "copy", size, size))
     for name, text in plan.texts.items():
         size = len(text.encode())
         old = name != PROVENANCE_FILE and (folder / name).exists()  # the source's own stays behind: it tells of that

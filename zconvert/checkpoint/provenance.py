@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import zconvert
+from zconvert.checkpoint.folder import sha256
+from zconvert.checkpoint.headers import Shard
 from zconvert.checkpoint.json_patch import patch_json, read_json_text
 from zconvert.tidar.settings import TidarSettings
 
 PROVENANCE_FILE = "provenance.json"
+SOURCE_FILES = "source_files"
+"""the key of a gated checkpoint's document under which the files of its source are (see merge.py)"""
+_HUB_HASH = 64  # hexadecimal digits of a sha256, by which the Hub's cache names large files
 _LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "huggingface-hub")
 
 
@@ -38,6 +44,28 @@ def carried_on(base: Path, settings: TidarSettings) -> str | None:
     if not path.exists():
         return None
     return patch_json(read_json_text(path), {"stages": list(settings.stages)}, remove=["rows"], name=PROVENANCE_FILE)
+
+
+def source_files(folder: Path, shards: Iterable[Shard], carried: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """What `provenance.json` keeps of a gated checkpoint's source: name -> `bytes`, `sha256` and `at`.
+
+    Weights have a hash only where the Hub's cache tells it: reading all of them would take longer than the conversion.
+
+    Args:
+        folder: of the source.
+        shards: its weight files.
+        carried: the files that go along unchanged, by their name in the checkpoint, which is `at` where it is another.
+    """
+    files: dict[str, dict[str, Any]] = {}
+    for shard in shards:
+        files[shard.name] = {"bytes": shard.bytes}
+        real = (folder / shard.name).resolve()
+        if real.parent.name == "blobs" and len(real.name) == _HUB_HASH:
+            files[shard.name]["sha256"] = real.name
+    for at, path in carried.items():
+        name = path.relative_to(folder).as_posix()
+        files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path), **({"at": at} if at != name else {})}
+    return files
 
 
 def _version(name: str) -> str | None:

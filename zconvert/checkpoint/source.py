@@ -153,11 +153,11 @@ def tidar_settings(config: dict[str, Any]) -> TidarSettings | None:
     except (ValueError, TypeError) as error:
         raise UserError("the tidar section of config.json cannot be used", found=error, fix=fix) from error
     rows = model.get("vocab_size")
-    if isinstance(rows, int) and settings.mask_token_id >= rows:
+    if isinstance(rows, int) and (settings.mask_token_id >= rows) != settings.virtual:
         raise UserError(
-            "the tidar section of config.json names a mask token that the model has no row for",
-            found=f"mask_token_id {settings.mask_token_id}",
-            expected=f"an id below vocab_size, {rows}",
+            "the mask token in the tidar section of config.json does not fit the model",
+            found=f"mask_token_id {settings.mask_token_id}, which is to be {settings.mask_token_source}",
+            expected=f"{rows} or more, which no row has" if settings.virtual else f"an id below vocab_size, {rows}",
             fix=fix,
         )
     return settings

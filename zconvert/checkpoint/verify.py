@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from zconvert.checkpoint.compare import Range, around, first_difference
-from zconvert.checkpoint.folder import companions
 from zconvert.checkpoint.headers import Headers, Shard, TensorInfo, read_headers
 from zconvert.checkpoint.json_patch import read_json
 from zconvert.checkpoint.mask_token import TOKENIZER_FILE, choose_mask_token, read_vocabulary, tokenizer_patches
@@ -99,7 +98,7 @@ def verify(
             linked += 1
         else:
             compared += _check_shard(plan, folder, new, shard, edits)
-    compared += _check_companions(plan, folder)
+    compared += _check_copies(plan, folder)
     _check_texts(plan, folder, new)
     skipped = why_not(plan) if level == "auto" else None
     if level == "bytes" or skipped is not None:
@@ -165,15 +164,14 @@ def _check_rows(file: BinaryIO, tensor: TensorInfo, first: int, values: Floats) 
         raise _damaged(file.name, f"other values in {tensor.name}, from row {first} on", "those of the mask token")
 
 
-def _check_companions(plan: Plan, folder: Path) -> int:
+def _check_copies(plan: Plan, folder: Path) -> int:
     compared = 0
-    for name, path in companions(plan.source.folder).items():
-        if name not in plan.texts:
-            size = path.stat().st_size
-            differs = first_difference(path, folder / name, [(0, 0, size)]) is not None
-            if differs or (folder / name).stat().st_size != size:
-                raise _damaged(folder / name, "other bytes", "the source's")
-            compared += size
+    for name, path in plan.copies.items():
+        size = path.stat().st_size
+        differs = first_difference(path, folder / name, [(0, 0, size)]) is not None
+        if differs or (folder / name).stat().st_size != size:
+            raise _damaged(folder / name, "other bytes", "the source's")
+        compared += size
     return compared
 
 
@@ -183,7 +181,9 @@ def _check_texts(plan: Plan, folder: Path, new: Headers) -> None:
     rows = new.tensors[plan.rows.embedding.name].shape[0]
     theirs = plan.rows.vocabulary
     ours = read_vocabulary(folder) if TOKENIZER_FILE in plan.texts else theirs  # that it arrived whole was seen above
-    mask = choose_mask_token(folder, new, config, plan.mask.id, ours)  # also: they fit
+    virtual = plan.settings.virtual
+    mask = choose_mask_token(folder, new, config, None if virtual else plan.mask.id, ours, virtual=virtual)  # they fit
+    entry = {} if virtual else {mask.text: mask.id}
     suppressed = read_json(folder / GENERATION_CONFIG).get("suppress_tokens") or []
     changed = {"vocab_size", "vocab_size_per_layer_input", "tidar"}
     ours_config, theirs_config = language_config(config), language_config(before)
@@ -192,12 +192,12 @@ def _check_texts(plan: Plan, folder: Path, new: Headers) -> None:
         "config.json has the settings": tidar_settings(config) == plan.settings,
         "config.json keeps what it had": all(config.get(key) == before[key] for key in outer)
         and all(ours_config.get(key) == theirs_config[key] for key in theirs_config.keys() - changed),
-        "the mask token has a row": plan.mask.id < rows == plan.mask.rows,
+        "the mask token has a row, or is virtual": (plan.mask.id < rows) != virtual and rows == plan.mask.rows,
         "the tokenizer has the mask token at its id": mask.text == plan.mask.text,
-        "the tokenizer's other entries are the source's": ours.ids == {**theirs.ids, mask.text: mask.id},
-        "ids have no gaps": plan.mask.source == "existing" or max(ours.texts) + 1 == len(ours),
+        "the tokenizer's other entries are the source's": ours.ids == {**theirs.ids, **entry},
+        "ids have no gaps": plan.mask.source in ("existing", "virtual") or max(ours.texts) + 1 == len(ours),
         "the tokenizer's files agree": tokenizer_patches(folder, mask, ours) == {},
-        "the mask token is never sampled": plan.mask.id in suppressed,
+        "the mask token is never sampled": virtual or plan.mask.id in suppressed,
     }
     wrong = [name for name, right in checks.items() if not right]
     if wrong:

@@ -184,7 +184,7 @@ def save_gated(
         if headers.indexed:
             copy(base / INDEX_FILE, folder / INDEX_FILE)
         path = folder / GATED_FILE
-        path.parent.mkdir()
+        path.parent.mkdir(exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.state_dict().items()}
         save_file(tensors, path, metadata={"format": "pt"})
         for name, text in texts.items():

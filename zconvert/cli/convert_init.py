@@ -56,7 +56,8 @@ def command(
     mask_token: Annotated[
         str | None,
         typer.Option(
-            metavar="TEXT|ID", help="Mask token. Default: the tokenizer's own, else a spare row, else a new row."
+            metavar="TEXT|ID",
+            help="Mask token. Default: the tokenizer's own, else a spare row, else a new row; gated: a virtual one.",
         ),
     ] = None,
     mask_init: Annotated[
@@ -163,9 +164,11 @@ def _choices(plan: Plan) -> Text:
     gated = plan.settings.gated
     start = plan.choices.mask_init if gated is None else "its row stays"
     mask = f"{plan.mask.text} (id {plan.mask.id}, {plan.mask.source.replace('_', ' ')}; {start})"
+    if plan.settings.virtual:
+        mask = f"virtual (id {plan.mask.id}, no token of the vocabulary)"
     lines = [f"  block size  {plan.settings.block_size}", f"  mask token  {mask}"]
     if gated is not None:
-        lines.append(f"  mode        gated: rank {gated.rank}, diffusion expert {gated.mlp} {gated.mlp_width}")
+        lines.append(f"  mode        gated: {gated.described()}")
     return Text("\n".join(lines))
 
 

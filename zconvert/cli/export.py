@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from zconvert.checkpoint.source import RUN_CHECKPOINT, resolve
+from zconvert.checkpoint.source import RUN_CHECKPOINT, Source, resolve
 from zconvert.cli import options
 from zconvert.cli.ui import err, out, print_json
 
@@ -21,6 +21,10 @@ def command(
     results: Annotated[
         Path | None, typer.Option(metavar="FILE", help="What `zconvert bench --json` printed, for the model card.")
     ] = None,
+    merge: Annotated[
+        bool,
+        typer.Option("--merge-to-ar", help="Write the source of a gated checkpoint instead, every file as it was."),
+    ] = False,
     as_json: options.Json = False,
     revision: options.Revision = None,
     token: options.Token = None,
@@ -29,7 +33,12 @@ def command(
     from zconvert.checkpoint.export import export
     from zconvert.checkpoint.json_patch import parse_json_object, read_json_text
 
+    if merge and results is not None:
+        raise typer.BadParameter("the source gets no card: leave it out with --merge-to-ar", param_hint="--results")
     source = resolve(checkpoint, revision=revision, token=token)
+    if merge:
+        _merge(source, output, as_json)
+        return
     recipe = source.folder.parent / RUN_RECIPE if source.folder.name == RUN_CHECKPOINT else None
     measured = None if results is None else parse_json_object(read_json_text(results), str(results))
     with err.status(Text(f"Exporting {checkpoint} …")) as status:
@@ -44,6 +53,25 @@ def command(
         print_json(report)
     else:
         _show(report)
+
+
+def _merge(source: Source, output: Path, as_json: bool) -> None:
+    from zconvert.checkpoint.merge import merge_to_ar
+
+    with err.status(Text(f"Merging {source.name} …")) as status:
+        report = merge_to_ar(
+            source,
+            output,
+            on_file=lambda name, n, count: status.update(Text(f"Writing {name} ({n} of {count}) …")),
+        )
+    if as_json:
+        print_json(report)
+        return
+    files = report["files"].values()
+    hashed = sum(file["sha256"] is not None for file in files)
+    out.print(Text(f"Wrote {report['out']}, which is {report['base_model'] or 'the source'} again"), soft_wrap=True)
+    out.print(Text(f"  files     {len(files)}, {sum(file['bytes'] for file in files) / 1e9:.3g} GB"))
+    out.print(Text(f"  verified  {hashed} by their sha256, {len(files) - hashed} by their size"))
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -11,11 +11,13 @@ from zconvert.checkpoint.describe import describe
 from zconvert.checkpoint.source import resolve
 from zconvert.cli import options
 from zconvert.cli.ui import err, out, print_json
+from zconvert.tidar.settings import GatedParts
 
 _MASK_SOURCES = {
     "existing": "in the tokenizer already",
     "spare_row": "a spare embedding row",
     "grown": "needs new embedding rows",
+    "virtual": "without a row",
 }
 _ATTENTION = {
     "mha": "multi-head",
@@ -101,7 +103,8 @@ def _rows(document: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(("Vocabulary", _vocabulary(document["vocabulary"], document["tied_embeddings"])))
     mask = document["mask_token"]
     if mask:
-        rows.append(("Mask token", f"{mask['text']}, id {mask['id']}: {_MASK_SOURCES.get(mask['source'], '')}"))
+        name = f"{mask['text']}, id {mask['id']}" if mask["text"] else f"id {mask['id']}, beyond the vocabulary"
+        rows.append(("Mask token", f"{name}: {_MASK_SOURCES.get(mask['source'], '')}"))
     if document["tidar"]:
         rows.append(("TiDAR", _settings(document["tidar"])))
     rows.append(("Weights", _weights(document)))
@@ -197,7 +200,7 @@ def _settings(settings: dict[str, Any]) -> str:
     text = f"blocks of {settings['block_size']}, proposals after {counts} accepted tokens"
     parts = settings.get("gated")
     if parts:
-        text += f"; gated: rank {parts['rank']}, diffusion expert {parts['mlp']} {parts['mlp_width']}"
+        text += f"\ngated, the source is frozen: {GatedParts(**parts).described()}"
     return text
 
 

@@ -48,7 +48,9 @@ class ConvertInitDiffusion(Section):
         description="tokens per diffusion block",
     )
     mask_token: Annotated[Text | CountOrZero, Field(union_mode="left_to_right")] | None = Field(
-        None, description="mask token, by text or id; null: an existing one, else a spare row, else a new row"
+        None,
+        description="mask token, by text or id; null: an existing one, else a spare row, else a new row; in mode gated "
+        "with a mask_embedding a virtual one, which needs no row and leaves the tokenizer alone",
     )
     mask_init: str = Field(
         "mean",

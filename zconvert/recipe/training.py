@@ -63,6 +63,11 @@ class TrainingRecipe(Recipe):
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
 
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="number format of the forward pass")
+    quantization: Literal["8bit", "4bit"] | None = Field(
+        None,
+        description="of gated checkpoints: the frozen source's weights are held in memory in so many bits, by "
+        "bitsandbytes; its files stay as they are",
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about a third slower")
     loss_chunk_size: Count | None = Field(
         None, description="tokens whose logits are made at a time; null: as many as take half a GiB"

@@ -154,7 +154,7 @@ def _plan_blocks(plan: DecodePlan, num_causal: int, left: int) -> tuple[int, ...
 def _text_logits(model: LayoutModel, hidden: Tensor, plan: DecodePlan) -> Tensor:
     """(n, hidden) -> (n, V) float32 logits in which the mask token cannot be chosen."""
     logits = model.logits(hidden)
-    logits[:, plan.mask_token_id] = -torch.inf
+    logits[:, plan.mask_token_id : plan.mask_token_id + 1] = -torch.inf  # a virtual one has no column
     return logits
 
 

@@ -235,11 +235,19 @@ class GatedWeights(nn.Module):
             layer.__dict__["gated"] = self.gate
             stock: Any = type(layer)
             layer.__class__ = _joined(_RecomputedLayer, stock)
+        self._rows: int = embedding.weight.shape[0]
         self.mask_embedding: nn.Parameter | None = None
         if parts.mask_embedding:
             some = torch.arange(min(_EMBEDDING_SAMPLE, embedding.weight.shape[0]), device=embedding.weight.device)
             self.mask_embedding = nn.Parameter(embedding(some).detach().float().mean(dim=0))
             self._graft(embedding, _GatedEmbedding, self.mask_embedding)
+
+    def with_rows(self, input_ids: Tensor) -> Tensor:
+        """(R, N) ids -> the same where a virtual mask token, which has no row, is one that has: any will do."""
+        first = self.gate.first
+        if first is None or self.mask_embedding is None:
+            return input_ids
+        return torch.cat([input_ids[:, :first], input_ids[:, first:].clamp(max=self._rows - 1)], dim=1)
 
     def _graft(self, module: Any, before: Any, extra: Any) -> None:
         # Into __dict__, past nn.Module's registration: the source's state dict must not grow.

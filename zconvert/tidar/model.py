@@ -97,6 +97,7 @@ class LayoutModel:
             options[IN_LAYOUT] = True
         if self.gated is not None:
             self.gated.gate.first, self.gated.gate.length = layout.first_slot, layout.num_tokens
+            input_ids = self.gated.with_rows(input_ids)
         try:
             outputs = self._decoder(
                 input_ids=input_ids,

@@ -54,6 +54,18 @@ class GatedParts:
                 "router is true and mlp is 'replace': no router runs where the routed experts are replaced"
             )
 
+    def described(self) -> str:
+        """In a few words.
+
+        >>> GatedParts(rank=4, mlp="none").described()
+        'low rank 4, mask embedding'
+        """
+        expert = {"replace": "in place of the routed ones", "add": "beside the routed ones"}.get(self.mlp)
+        parts = [f"low rank {self.rank}"] if self.rank else []
+        parts += [f"diffusion expert of {self.mlp_width} {expert}"] if expert else []
+        parts += ["mask embedding"] if self.mask_embedding else []
+        return ", ".join(parts)
+
 
 @dataclass(frozen=True)
 class TidarSettings:
@@ -68,9 +80,10 @@ class TidarSettings:
     mask_token_id: int
     """id of the mask token; never sampled"""
     mask_token: str = "<mask>"
-    """its text in the tokenizer"""
+    """its text in the tokenizer; empty where it is virtual"""
     mask_token_source: str = "existing"
-    """where its embedding row came from: existing, spare_row or grown"""
+    """where its embedding row came from: existing, spare_row or grown. virtual: the token has neither row nor text, its
+    id follows the last row's, and mask slots have an embedding of their own"""
     mode: str = "full"
     """full: every weight is trained. gated: the source is frozen, and small weights act at mask slots only"""
     gated: GatedParts | None = None
@@ -105,10 +118,17 @@ class TidarSettings:
         if self.mode not in MODES or (self.mode == "gated") != (self.gated is not None):
             parts = "no gated parts" if self.gated is None else "gated parts"
             raise ValueError(f"tidar.mode is {self.mode!r} with {parts}, expected full, or gated and its parts")
+        if self.virtual and (self.gated is None or not self.gated.mask_embedding):
+            raise ValueError("tidar.mask_token_source is virtual, expected mode gated and a mask_embedding with it")
         if self.mask_token_id < 0:
             raise ValueError(f"tidar.mask_token_id is {self.mask_token_id}, expected a token id")
         if self.proposals is not None:
             check_proposals(self.proposals, self.block_size)
+
+    @property
+    def virtual(self) -> bool:
+        """Whether the mask token is an id alone: no row, no text."""
+        return self.mask_token_source == "virtual"
 
     def default_proposals(self) -> tuple[int, ...]:
         """The proposal set to decode with where the caller names none."""

@@ -19,6 +19,7 @@ from zconvert.errors import UserError
 from zconvert.recipe import TrainingRecipe, dump_recipe
 from zconvert.tidar.settings import TidarSettings
 from zconvert.training.loop import OnProgress, Progress, Trainer
+from zconvert.training.quantised import pack
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 """transformers reads it before what tokenizer_config.json says"""
@@ -51,7 +52,12 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
         torch.set_num_threads(recipe.num_threads)
     torch.manual_seed(recipe.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_model(source, dtype="float32", device=device)
+    if recipe.quantization is None:
+        model, tokenizer = load_model(source, dtype="float32", device=device)
+    else:
+        _require_gated(source, settings)
+        model, tokenizer = load_model(source, device="cpu")
+        on_progress(Progress(message=str(pack(model, recipe.quantization, torch.device(device)))))
     if recipe.experts_implementation is not None:
         _choose_experts(model, recipe.experts_implementation)
     model.config.use_cache = False
@@ -101,6 +107,16 @@ def _writer(source: Source, model: Any, tokenizer: Any, settings: TidarSettings)
         end_ids=end_token_ids(model, tokenizer),
         suppressed_ids=frozenset({settings.mask_token_id}),
     )
+
+
+def _require_gated(source: Source, settings: TidarSettings) -> None:
+    if settings.mode != "gated":
+        raise UserError(
+            f"{source.name} cannot be trained with quantised weights",
+            found="mode full, in which every weight is trained",
+            expected="a gated checkpoint, whose source is frozen",
+            fix="quantization: null, or convert the source with --mode gated",
+        )
 
 
 def _choose_experts(model: Any, wanted: str) -> None:

@@ -119,7 +119,7 @@ def command(
             token=token,
             weights=not dry_run,
             on_progress=lambda done, total: status.update(Text(f"Fetching {name}: {size(done)} of {size(total)} …")),
-            accept=lambda config, headers: require_convertible(name, config, headers),
+            accept=lambda config, headers: require_convertible(name, config, headers, gated=mode is Mode.GATED),
         )
         plan = plan_conversion(source, output, choices, copy=copy)
         if not dry_run:

@@ -29,7 +29,7 @@ from zconvert.checkpoint.source import resolve
 from zconvert.cli import export as cli
 from zconvert.cli.ui import handled
 from zconvert.errors import UserError
-from zconvert.tidar.settings import TidarSettings
+from zconvert.tidar.settings import GatedParts, TidarSettings
 
 Checkpoint = Callable[..., Path]
 CARD = "---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE\nlanguage: [en]\ntags: [x]\n---\n\n# Base\n"
@@ -187,6 +187,19 @@ def test_the_card_never_claims_what_was_not_measured() -> None:
     assert "| ar | not measured | 100.0 | not measured |" in measured
     assert "Not trained yet" not in measured
     assert "midtrain" in measured
+
+
+def test_the_card_of_a_gated_checkpoint_promises_the_base_models_own_text_and_no_other_does() -> None:
+    settings = TidarSettings(4, 60, base_model="org/name", stages=("midtrain",))
+    gated = dataclasses.replace(settings, mask_token="", mask_token_source="virtual", mode="gated", gated=GatedParts())
+    for text in ("byte for byte", "bit for bit", "whose weights nothing has moved", "none in the vocabulary"):
+        assert text in card(gated)
+        assert text not in card(settings)
+    assert "not\nlossless with respect to the base model" in card(settings)
+    assert "lossless with respect" not in card(gated)
+    assert "suppresses it" not in card(gated)
+    named = dataclasses.replace(gated, mask_token="<gap>", mask_token_source="spare_row")
+    assert "Never let it emit the mask token `<gap>` (id 60)" in card(named)
 
 
 @pytest.mark.parametrize("results", [{}, {"results": {}}, {"results": {"ar": 3}}, {"results": 3}])

@@ -71,7 +71,7 @@ def test_it_says_plainly_when_plain_ar_is_faster(capsys: pytest.CaptureFixture[s
     other = {**entry, "speedup": 0.5, "identical_prompts": 1, "accepted_histogram": {"1": 4, "2": 0}}
     results = {"ar": entry, "lossless": other}
     about = {"checkpoint": "c", "prompts": 1, "max_new_tokens": 5, "dtype": "float32", "device": "cpu", "threads": 1}
-    bench.show({**about, "block_size": 2, "proposals": [1], "temperature": 0.0, "results": results})
+    bench.show({**about, "mode": "full", "block_size": 2, "proposals": [1], "temperature": 0.0, "results": results})
     assert "Plain AR decoding is faster here than lossless." in capsys.readouterr().out
 
 

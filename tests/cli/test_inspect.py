@@ -121,6 +121,15 @@ def test_a_converted_checkpoint_shows_its_settings(checkpoint: Path, tmp_path: P
     assert "Next: zconvert generate" in trained.stdout
 
 
+def test_a_gated_checkpoint_shows_what_is_frozen_and_what_is_added(checkpoint: Path, tmp_path: Path) -> None:
+    parts = {"rank": 4, "mlp": "replace", "mlp_width": 16, "mask_embedding": True}
+    settings = {"block_size": 4, "mask_token_id": 64, "mask_token": "", "mask_token_source": "virtual"}
+    result = run(changed(checkpoint, tmp_path / "run", tidar={**settings, "mode": "gated", "gated": parts}))
+    shown = " ".join(result.stdout.split())
+    assert "id 64, beyond the vocabulary: without a row" in shown
+    assert "gated, the source is frozen: low rank 4, diffusion expert of 16 in place of the routed ones" in shown
+
+
 def test_what_a_stranger_wrote_is_shown_as_text(checkpoint: Path, tmp_path: Path) -> None:
     settings = {"block_size": 4, "mask_token_id": 60, "mask_token": "[MASK]", "base_model": "\x1b[31m[red]x"}
     result = run(changed(checkpoint, tmp_path / "odd", tidar=settings, architectures=["[bold]A\x07"]))

@@ -51,7 +51,7 @@ def export(
         on_shard: told of each weight file: its name, its number from 1, and how many there are.
 
     Returns:
-        what was written, as JSON can hold it: `out`, `base_model`, `base_revision`, `block_size`, `mask_token`,
+        what was written, as JSON can hold it: `out`, `base_model`, `base_revision`, `mode`, `block_size`, `mask_token`,
         `stages`, `license`, `recipe`, `weights` (`bytes` and `sha256` by file) and `files`.
 
     Raises:
@@ -108,6 +108,7 @@ def export(
         "out": str(out),
         "base_model": settings.base_model,
         "base_revision": settings.base_revision,
+        "mode": settings.mode,
         "block_size": settings.block_size,
         "mask_token": {"id": settings.mask_token_id, "text": settings.mask_token},
         "stages": list(settings.stages),

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from zconvert.checkpoint.mask_token import read_vocabulary
+from zconvert.checkpoint.quantisation import UNPACKED_AT_LOAD, quantisation
 from zconvert.checkpoint.source import Source, headers_of, read_config, tidar_settings
 from zconvert.errors import UserError
 from zconvert.tidar.families import language_config
@@ -42,7 +43,7 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
         try:
             wanted = dtype if dtype == "auto" else getattr(torch, dtype)
             loaded: Any = _model_class(source).from_pretrained(
-                source.folder, dtype=wanted, output_loading_info=True, **_LOCAL
+                source.folder, dtype=wanted, output_loading_info=True, **_unpacking(source), **_LOCAL
             )
         except Exception as error:  # safetensors has an exception type of its own
             raise _unloadable(source, "model", error) from error
@@ -121,6 +122,16 @@ def _model_class(source: Source) -> Any:
             if str(name).endswith(("ForCausalLM", "ForConditionalGeneration")) and hasattr(module, str(name)):
                 return getattr(module, str(name))
     return transformers.AutoModelForCausalLM
+
+
+def _unpacking(source: Source) -> dict[str, Any]:
+    """Has packed weights unpacked also where there are kernels for them: these know neither float32 nor gradients."""
+    packed = quantisation(read_config(source.folder), headers_of(source))
+    if packed is None or packed.method not in UNPACKED_AT_LOAD:
+        return {}
+    from transformers.utils.quantization_config import Mxfp4Config
+
+    return {"quantization_config": Mxfp4Config(dequantize=True)}
 
 
 def _check_files(source: Source) -> None:

@@ -117,8 +117,8 @@ def plan_conversion(source: Source, out: Path, choices: Choices | None = None, *
         UserError: the checkpoint cannot be converted, is damaged or converted already, or `out` exists.
     """
     choices = choices or Choices()
-    config = read_config(source.folder)
-    require_convertible(source.name, config)
+    config, gated = read_config(source.folder), choices.gated is not None
+    require_convertible(source.name, config, gated=gated)
     if tidar_settings(config) is not None:
         raise UserError(
             f"{source.name} is converted already",
@@ -128,7 +128,7 @@ def plan_conversion(source: Source, out: Path, choices: Choices | None = None, *
         )
     refuse_existing(out)
     headers = headers_of(source)
-    require_convertible(source.name, config, headers)
+    require_convertible(source.name, config, headers, gated=gated)
     vocabulary = read_vocabulary(source.folder)
     virtual = choices.gated is not None and choices.gated.mask_embedding
     mask = choose_mask_token(source.folder, headers, config, choices.mask_token, vocabulary, virtual=virtual)

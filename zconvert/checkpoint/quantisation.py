@@ -25,6 +25,8 @@ _NAMES = {
 _BITS = {"fp8": 8, "fbgemm_fp8": 8, "mxfp8": 8, "mxfp4": 4, "nvfp4": 4}
 _DEQUANTISERS = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 """configurations of transformers that unpack weights while they are loaded"""
+UNPACKED_AT_LOAD = ("mxfp4",)
+"""methods whose weights are unpacked by loading alone, so that gated mode, which writes none, can take them"""
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,19 @@ def quantisation(config: dict[str, Any], headers: Headers) -> Quantisation | Non
     return Quantisation(method, _bits(method, section), len(packed))
 
 
-def quantisation_of(config: dict[str, Any], headers: Headers) -> str | None:
+def quantisation_of(config: dict[str, Any], headers: Headers, *, gated: bool = False) -> str | None:
     """Why a checkpoint's quantisation keeps it from being converted, with what to do; None where it is not quantised.
 
     Args:
         config: its `config.json`.
         headers: its tensors.
+        gated: the conversion writes none of the weights.
 
     Returns:
         one sentence.
     """
     found = quantisation(config, headers)
-    if found is None:
+    if found is None or (gated and found.method in UNPACKED_AT_LOAD):
         return None
     if found.method == "packed":
         what = f"{found.tensors} of its tensors hold packed weights"
@@ -77,6 +80,8 @@ def quantisation_of(config: dict[str, Any], headers: Headers) -> str | None:
     if found.method in _DEQUANTISERS:
         unpack = f"quantization_config={_DEQUANTISERS[found.method]}(dequantize=True)"
         advice += f", or unpack it first: load it by transformers with {unpack} and save_pretrained in bfloat16"
+    if found.method in UNPACKED_AT_LOAD:
+        advice += ", or convert it with --mode gated, which leaves it packed"
     return f"{what}, and packed weights can be neither patched nor trained: {advice}"
 
 

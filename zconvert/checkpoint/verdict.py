@@ -10,28 +10,33 @@ from zconvert.errors import UserError
 from zconvert.tidar.families import FAMILIES, REFUSED, judge
 
 
-def refusal(config: dict[str, Any], headers: Headers | None = None) -> str | None:
+def refusal(config: dict[str, Any], headers: Headers | None = None, *, gated: bool = False) -> str | None:
     """Why a checkpoint cannot be converted, in one sentence; None where it can.
 
     Args:
         config: its `config.json`.
         headers: its tensors; None where they are not known yet.
+        gated: the conversion leaves every weight as it is.
     """
-    return own_code_of(config) or judge(config).reason or quantisation_of(config, headers or Headers({}, ()))
+    packed = quantisation_of(config, headers or Headers({}, ()), gated=gated)
+    return own_code_of(config) or judge(config).reason or packed
 
 
-def require_convertible(name: str, config: dict[str, Any], headers: Headers | None = None) -> None:
+def require_convertible(
+    name: str, config: dict[str, Any], headers: Headers | None = None, *, gated: bool = False
+) -> None:
     """Refuses a checkpoint that cannot be converted.
 
     Args:
         name: of the checkpoint, for the message.
         config: its `config.json`.
         headers: its tensors; None where they are not known yet.
+        gated: the conversion leaves every weight as it is.
 
     Raises:
         UserError: it cannot be converted.
     """
-    reason = refusal(config, headers)
+    reason = refusal(config, headers, gated=gated)
     if reason is not None:
         raise UserError(
             f"{name} cannot be converted",

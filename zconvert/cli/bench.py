@@ -140,6 +140,8 @@ def show(document: dict[str, Any]) -> None:
         f"blocks of {document['block_size']}, proposals after {_list(document['proposals'])} accepted tokens, "
         f"temperature {document['temperature']:g}"
     )
+    if document["mode"] == "gated":
+        out.print("gated: AR is the source itself")
     out.print()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("Sampler", no_wrap=True)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from zconvert.checkpoint.source import resolve
 from zconvert.cli import options
-from zconvert.cli.ui import err, out, print_json
+from zconvert.cli.ui import err, facts, out, print_json, size
 from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, MAX_BLOCK_SIZE, GatedParts
 
 if TYPE_CHECKING:
@@ -118,8 +118,8 @@ def command(
             revision=revision,
             token=token,
             weights=not dry_run,
-            on_progress=lambda done, total: status.update(Text(f"Fetching {name}: {_size(done)} of {_size(total)} …")),
-            accept=lambda config, headers: require_convertible(name, config, headers),
+            on_progress=lambda done, total: status.update(Text(f"Fetching {name}: {size(done)} of {size(total)} …")),
+            accept=lambda config, headers: require_convertible(name, config, headers, gated=mode is Mode.GATED),
         )
         plan = plan_conversion(source, output, choices, copy=copy)
         if not dry_run:
@@ -141,62 +141,50 @@ def _show_plan(plan: Plan) -> None:
     table.add_column("Written", justify="right", no_wrap=True)
     for step in plan.steps:
         style = "dim" if step.action == "link" else ""
-        cells = (step.name, step.action, _size(step.bytes), _size(step.written) if step.written else "-")
+        cells = (step.name, step.action, size(step.bytes), size(step.written) if step.written else "-")
         table.add_row(*(Text(cell) for cell in cells), style=style)
     out.print(table)
-    free = "" if document["bytes_free"] is None else f"; {_size(document['bytes_free'])} are free there"
+    free = "" if document["bytes_free"] is None else f"; {size(document['bytes_free'])} are free there"
     out.print()
-    out.print(Text(f"Would write {_size(document['bytes_written'])} to {plan.out}{free}"), soft_wrap=True)
-    out.print(_choices(plan))
+    out.print(Text(f"Would write {size(document['bytes_written'])} to {plan.out}{free}"), soft_wrap=True)
+    out.print(facts(_choices(plan)))
 
 
 def _show(report: Report) -> None:
     plan = report.plan
     out.print(Text(f"Wrote {plan.out}"), soft_wrap=True)
-    out.print(_choices(plan))
-    out.print(Text(f"  written     {_written(plan)}"))
-    for number, line in enumerate(_verified(report)):
-        out.print(Text(f"  {'' if number else 'verified':<10}  {line}"))
+    out.print(facts([*_choices(plan), ("written", _written(plan)), ("verified", "\n".join(_verified(report)))]))
     out.print(Text.assemble(("Next: ", "bold"), "zconvert midtrain RECIPE.yaml, with base_model: ", str(plan.out)))
 
 
-def _choices(plan: Plan) -> Text:
+def _choices(plan: Plan) -> list[tuple[str, str]]:
     gated = plan.settings.gated
     start = plan.choices.mask_init if gated is None else "its row stays"
     mask = f"{plan.mask.text} (id {plan.mask.id}, {plan.mask.source.replace('_', ' ')}; {start})"
     if plan.settings.virtual:
         mask = f"virtual (id {plan.mask.id}, no token of the vocabulary)"
-    lines = [f"  block size  {plan.settings.block_size}", f"  mask token  {mask}"]
-    if gated is not None:
-        lines.append(f"  mode        gated: {gated.described()}")
-    return Text("\n".join(lines))
+    rows = [("block size", str(plan.settings.block_size)), ("mask token", mask)]
+    return [*rows, ("mode", f"gated, the source is frozen: {gated.described()}")] if gated is not None else rows
 
 
 def _written(plan: Plan) -> str:
     document = plan.to_dict()
     linked = [step for step in plan.steps if step.action in ("link", "reflink")]
-    shared = f"; {len(linked)} linked, {_size(sum(step.bytes for step in linked))}" if linked else ""
-    return f"{_size(document['bytes_written'])} in {len(plan.steps) - len(linked)} files{shared}"
+    shared = f"; {len(linked)} linked, {size(sum(step.bytes for step in linked))}" if linked else ""
+    return f"{size(document['bytes_written'])} in {len(plan.steps) - len(linked)} files{shared}"
 
 
 def _verified(report: Report) -> list[str]:
     verified = report.verified
     if verified.level == "none":
         return ["nothing but names, types and shapes"]
-    lines = [f"{_size(verified.bytes_compared)} equal the source's; tokenizer and configuration agree"]
+    lines = [f"{size(verified.bytes_compared)} equal the source's; tokenizer and configuration agree"]
     if verified.logits_difference is not None:
         same = f"largest difference {verified.logits_difference:.1g}" if verified.logits_difference else "the same"
         lines.append(f"logits on {verified.logits_compared} tokens: {same}")
     elif verified.logits_skipped is not None:
         lines.append(f"logits not compared, {verified.logits_skipped}")
     return lines
-
-
-def _size(count: int) -> str:
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if count >= unit:
-            return f"{count / unit:.1f} {name}"
-    return f"{count} bytes"
 
 
 def _refuse_options_beside_a_recipe(context: typer.Context) -> None:

@@ -10,7 +10,8 @@ from rich.text import Text
 
 from zconvert.checkpoint.source import RUN_CHECKPOINT, Source, resolve
 from zconvert.cli import options
-from zconvert.cli.ui import err, out, print_json
+from zconvert.cli.ui import err, facts, out, print_json, size
+from zconvert.tidar.settings import GATED_FILE
 
 RUN_RECIPE = "recipe.yaml"
 
@@ -70,15 +71,19 @@ def _merge(source: Source, output: Path, as_json: bool) -> None:
     files = report["files"].values()
     hashed = sum(file["sha256"] is not None for file in files)
     out.print(Text(f"Wrote {report['out']}, which is {report['base_model'] or 'the source'} again"), soft_wrap=True)
-    out.print(Text(f"  files     {len(files)}, {sum(file['bytes'] for file in files) / 1e9:.3g} GB"))
-    out.print(Text(f"  verified  {hashed} by their sha256, {len(files) - hashed} by their size"))
+    verified = f"{hashed} by their sha256, {len(files) - hashed} by their size"
+    out.print(facts([("files", f"{len(files)}, {size(sum(file['bytes'] for file in files))}"), ("verified", verified)]))
 
 
 def _show(report: dict[str, Any]) -> None:
-    size = sum(shard["bytes"] for shard in report["weights"].values())
+    total = sum(shard["bytes"] for shard in report["weights"].values())
     shards = "1 weight file" if len(report["weights"]) == 1 else f"{len(report['weights'])} weight files"
+    rows = [("weights", f"{shards}, {size(total)}, checksums in provenance.json")]
+    if report["mode"] == "gated":
+        gated = size(report["weights"][GATED_FILE]["bytes"])
+        rows.append(("mode", f"gated: the source's weights as they are, and {gated} in {GATED_FILE}"))
+    rows.append(("stages", ", ".join(report["stages"]) or "none: not trained yet"))
+    rows.append(("recipe", "zconvert_config.yaml" if report["recipe"] else "not found beside the checkpoint"))
+    rows.append(("licence", report["license"] or "not known from its files: look it up before you publish"))
     out.print(Text(f"Wrote {report['out']}"), soft_wrap=True)
-    out.print(Text(f"  weights  {shards}, {size / 1e9:.3g} GB, checksums in provenance.json"))
-    out.print(Text(f"  stages   {', '.join(report['stages']) or 'none: not trained yet'}"))
-    out.print(Text(f"  recipe   {'zconvert_config.yaml' if report['recipe'] else 'not found beside the checkpoint'}"))
-    out.print(Text(f"  licence  {report['license'] or 'not known from its files: look it up before you publish'}"))
+    out.print(facts(rows))

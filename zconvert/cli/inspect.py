@@ -10,7 +10,7 @@ from rich.text import Text
 from zconvert.checkpoint.describe import describe
 from zconvert.checkpoint.source import resolve
 from zconvert.cli import options
-from zconvert.cli.ui import err, out, print_json
+from zconvert.cli.ui import err, out, print_json, size
 from zconvert.tidar.settings import GatedParts
 
 _MASK_SOURCES = {
@@ -177,13 +177,13 @@ def _weights(document: dict[str, Any]) -> str:
     shards = document["shards"]
     if not shards:
         return "none that can be read"
-    kinds = ", ".join(f"{dtype} {_size(kind['bytes'])}" for dtype, kind in document["dtypes"].items())
-    total = _size(sum(shard["bytes"] for shard in shards))
+    kinds = ", ".join(f"{dtype} {size(kind['bytes'])}" for dtype, kind in document["dtypes"].items())
+    total = size(sum(shard["bytes"] for shard in shards))
     lines = [f"{total} in {len(shards)} {'file' if len(shards) == 1 else 'files'}: {kinds}"]
     if len(shards) > 1:
-        lines += [f"{shard['name']}  {_size(shard['bytes'])}" for shard in shards[:_MOST_SHARDS]]
+        lines += [f"{shard['name']}  {size(shard['bytes'])}" for shard in shards[:_MOST_SHARDS]]
         more = shards[_MOST_SHARDS:]
-        lines += [f"… and {len(more)} more, {_size(sum(shard['bytes'] for shard in more))}"] if more else []
+        lines += [f"… and {len(more)} more, {size(sum(shard['bytes'] for shard in more))}"] if more else []
     return "\n".join(lines)
 
 
@@ -234,13 +234,6 @@ def _count(items: int | None) -> str:
         if items >= unit:
             return f"{items / unit:.2f} {name}"
     return str(items)
-
-
-def _size(size: int) -> str:
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if size >= unit:
-            return f"{size / unit:.1f} {name}"
-    return f"{size} bytes"
 
 
 def _number(value: int | None) -> str:

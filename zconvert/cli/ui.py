@@ -9,11 +9,12 @@ import os
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from zconvert.errors import UserError
@@ -36,6 +37,28 @@ def print_json(document: Any) -> None:
         document: what `json.dumps` takes; NaN and infinities are refused, since JSON has none.
     """
     sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+def size(count: int) -> str:
+    """Bytes for people.
+
+    >>> size(3_540_000)
+    '3.5 MB'
+    """
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count} bytes"
+
+
+def facts(rows: Iterable[tuple[str, str]]) -> Table:
+    """Names and what there is to say of them, a line each below a headline; what is long is folded beside its name."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in rows:
+        table.add_row(Text(f"  {name}"), Text(text))
+    return table
 
 
 def handled(command: Command) -> Command:

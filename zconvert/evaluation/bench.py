@@ -113,6 +113,7 @@ def bench(
         "temperature": temperature,
         "seed": seed,
         "batch_size": 1,
+        "mode": settings.mode,
         "block_size": plans["lossless"].block_size,
         "proposals": list(plans["lossless"].proposals),
         "dtype": str(model.model.dtype).removeprefix("torch."),

@@ -38,7 +38,7 @@ class Packed:
 
     def __str__(self) -> str:
         before, after = self.bytes_before + self.bytes_kept, self.bytes_after + self.bytes_kept
-        return f"the frozen source takes {after / 1e9:.3g} GB in place of {before / 1e9:.3g} GB in float32"
+        return f"the frozen source takes {after / 1e6:,.1f} MB in place of {before / 1e6:,.1f} MB in float32"
 
 
 def pack(model: Any, quantization: str, device: torch.device) -> Packed:

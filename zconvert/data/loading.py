@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from zconvert.checkpoint.folder import writing
 from zconvert.data.documents import Document, Documents, read_documents, write_documents
 from zconvert.data.reading import open_dataset
 from zconvert.data.self_generated import Writer, identity, read_prompts, write_texts
@@ -198,15 +202,30 @@ def _key(*parts: Any) -> str:
 
 
 def _stored(folder: Path, dataset: DatasetRecipe, documents: Callable[[], Iterator[Document]]) -> tuple[Documents, int]:
-    if not folder.exists():
+    with _alone(folder.parent):
         try:
-            write_documents(folder, documents(), {"dataset": dataset.label})
+            if not folder.exists():
+                write_documents(folder, documents(), {"dataset": dataset.label})
         except UserError:
-            if not folder.exists():  # else another process wrote it meanwhile: the same
+            if not folder.exists():  # where there are no locks, another process may have been first: with the same
                 raise
     read, facts = read_documents(folder)
     _refuse_none(len(read), [dataset])
     return read, int(facts["highest_id"])
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps other processes, such as the other ranks of a run, waiting: what one has prepared all can read."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks: each prepares its own, and the first is taken
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _refuse_none(count: int, datasets: Sequence[DatasetRecipe]) -> None:

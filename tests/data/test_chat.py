@@ -40,6 +40,8 @@ FORGETS = """{% for m in messages %}<start> {{ m.role }}
 {{ m.content if loop.last else m.content.split('</think>')[-1] }} <end>
 {% endfor %}{% if add_generation_prompt %}<start> assistant
 {% endif %}"""
+# Asks for a thought that it does not write in the turn itself, as templates of models that always think do.
+THINKS = CHATML.replace("<start> assistant\n{% endif %}", "<start> assistant\nthink {% endif %}")
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + CHATML
 
 USER, ANSWER, SYSTEM = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}, "system"
@@ -219,6 +221,7 @@ def test_the_scored_tokens_of_a_conversation_are_those_written_by_hand(tokenizer
         (NO_SYSTEM, [{"role": "system", "content": "hi"}, ANSWER], "refuses the conversation"),
         (FORGETS, [USER, {"role": "assistant", "content": "think</think>yes"}, USER, ANSWER], "message 2 adds"),
         (LINES, [ANSWER], "message 1 adds"),
+        (THINKS, [USER, ANSWER], "the text that asks for it is not how it begins"),
     ],
 )
 def test_a_conversation_that_cannot_be_scored_is_a_bad_row(

@@ -23,6 +23,8 @@ from zconvert.recipe import DatasetRecipe, TrainingRecipe
 
 PREPARED = "prepared"
 """in a run's folder: the tokenised datasets"""
+_ROWS_TOLD = 100_000
+"""progress is told so often"""
 
 
 def load_documents(
@@ -105,7 +107,7 @@ def load_stream(
             BadRows(dataset, on_message),
             block_rows=dataset.shuffle_buffer_size,
             seed=seed,
-            identity=[rules[number].identity(), open_dataset(dataset).identity],
+            identity=_key(rules[number].identity(), open_dataset(dataset).identity),
             vocabulary_rows=vocabulary_rows,
         )
 
@@ -169,8 +171,11 @@ def read_template(recipe: TrainingRecipe) -> str | None:
 
 def _tokenised(rules: Rules, workers: Workers, number: int, on_message: OnMessage | None) -> Iterator[Document]:
     bad_rows = BadRows(rules.dataset, on_message)
-    for documents in bad_rows.good(workers.outcomes(number, open_dataset(rules.dataset).rows())):
+    rows = open_dataset(rules.dataset).rows()
+    for count, documents in enumerate(bad_rows.good(workers.outcomes(number, rows)), start=1):
         yield from documents
+        if count % _ROWS_TOLD == 0 and on_message is not None:
+            on_message(f"tokenised {count:,} rows of {rules.dataset.label}")
     bad_rows.summary()
 
 
@@ -179,7 +184,8 @@ def _prepared(
 ) -> tuple[Documents, int]:
     """The tokenised documents of one dataset, from disk, and their highest id."""
     dataset = rules.dataset
-    folder = prepared / _key(rules.identity(), open_dataset(dataset).identity)
+    reader = open_dataset(dataset)
+    folder = prepared / _key(rules.identity(), reader.identity, reader.version)
     return _stored(folder, dataset, lambda: _tokenised(rules, workers, number, on_message))
 
 

@@ -286,7 +286,7 @@ def scored_tokens(
         marked = turn.content is None
         ends = [n for n in inside if ids[n] in special and not text[offsets[n][1] : turn.end].strip()]
         if ends:
-            said, end_of_turn = [n for n in inside if n < ends[-1]], ends[-1:]
+            said, end_of_turn = [n for n in inside if n < ends[0]], ends
         elif (
             marked and after is not None and ids[after] in special and not text[turn.end : offsets[after][0]].strip(" ")
         ):

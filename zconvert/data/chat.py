@@ -88,6 +88,8 @@ def prompt(row: dict[str, Any], dataset: DatasetRecipe, tokenizer: Any, template
 def messages_of(row: dict[str, Any], dataset: DatasetRecipe) -> list[Message]:
     """The messages of a row, checked; keys without a value (as Parquet has them) are left out."""
     name = dataset.field_messages
+    if not isinstance(row, dict):
+        raise UserError("it is plain text", expected="a row with messages", fix="give a .jsonl or .parquet file")
     if name not in row:
         raise UserError(
             f"it lacks {name!r}", found="keys " + ", ".join(map(repr, row)), fix="see datasets[].field_messages"
@@ -169,6 +171,10 @@ def _render(
         )
     except (TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
         raise UserError("the chat template refuses the conversation", found=error, fix=_FIX) from None
+    try:
+        texts[0].encode()
+    except UnicodeEncodeError:
+        raise UserError("it holds half a character (a lone surrogate)", fix="mend the text") from None
     return texts[0], spans[0] if marks else []
 
 

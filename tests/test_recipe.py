@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from zconvert.errors import UserError
-from zconvert.recipe import ConvertInitRecipe, DatasetRecipe, MidtrainRecipe, Recipe, dump_recipe, load_recipe
+from zconvert.recipe import (
+    ConvertInitRecipe,
+    DatasetRecipe,
+    MidtrainRecipe,
+    Recipe,
+    SftRecipe,
+    dump_recipe,
+    load_recipe,
+)
 
 ROOT = Path(__file__).parent.parent
 MIDTRAIN = "base_model: source\noutput_dir: out\nmax_steps: 100\ndatasets:\n  - path: train.jsonl\n"
@@ -210,4 +218,37 @@ def test_every_setting_has_a_description() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.name)
 def test_the_recipes_in_the_repository_are_valid(path: Path) -> None:
-    load_recipe(path, {"convert-init": ConvertInitRecipe, "midtrain": MidtrainRecipe}[path.stem])
+    load_recipe(path, {"convert-init": ConvertInitRecipe, "midtrain": MidtrainRecipe, "sft": SftRecipe}[path.stem])
+
+
+@pytest.mark.parametrize(
+    ("datasets", "message"),
+    [
+        ("  - type: text\n", "datasets[0] (line 5): expected either path or self_generated"),
+        ("  - path: a\n    self_generated: {prompts: b}\n", "expected either path or self_generated"),
+        ("  - {path: a, weight: 1.0}\n  - path: b\n", "expected a weight for every entry or for none, found 1 of 2"),
+        ("  - {path: a, streaming: true}\n  - path: b\n", "since one is streamed and has no known length"),
+        ("  - {self_generated: {prompts: b}, streaming: true}\n", "expected false, since self_generated is written"),
+        (
+            "  - {self_generated: {prompt: b}}\n",
+            "datasets[0].self_generated.prompt (line 5) is not a known key, did you",
+        ),
+        ("  - {path: a, weight: 0.0}\n", "greater than 0"),
+    ],
+)
+def test_datasets_that_cannot_be_mixed_or_found_are_refused(tmp_path: Path, datasets: str, message: str) -> None:
+    path = tmp_path / "midtrain.yaml"
+    path.write_text("base_model: a\noutput_dir: b\nmax_steps: 1\ndatasets:\n" + datasets)
+    with pytest.raises(UserError) as error:
+        load_recipe(path, MidtrainRecipe)
+    assert message in str(error.value)
+
+
+def test_a_recipe_for_conversations_needs_some(tmp_path: Path) -> None:
+    path = tmp_path / "sft.yaml"
+    text = "base_model: a\noutput_dir: b\nmax_steps: 1\ndatasets:\n  - {path: x, type: TYPE}\n"
+    path.write_text(text.replace("TYPE", "chat"))
+    assert load_recipe(path, SftRecipe).datasets[0].roles_to_train == ["assistant"]
+    path.write_text(text.replace("TYPE", "text"))
+    with pytest.raises(UserError, match="at least one entry with type: chat"):
+        load_recipe(path, SftRecipe)

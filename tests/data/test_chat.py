@@ -40,6 +40,8 @@ FORGETS = """{% for m in messages %}<start> {{ m.role }}
 {{ m.content if loop.last else m.content.split('</think>')[-1] }} <end>
 {% endfor %}{% if add_generation_prompt %}<start> assistant
 {% endif %}"""
+# Asks for a thought that it does not write in the turn itself, as templates of models that always think do.
+THINKS = CHATML.replace("<start> assistant\n{% endif %}", "<start> assistant\nthink {% endif %}")
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + CHATML
 
 USER, ANSWER, SYSTEM = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}, "system"
@@ -216,9 +218,11 @@ def test_the_scored_tokens_of_a_conversation_are_those_written_by_hand(tokenizer
         (CHATML, "hi", "'messages' is no list of messages"),
         (CHATML, ["hi"], "'messages' is no list of messages"),
         (CHATML, [{"content": "hi"}], "message 1 has no role"),
+        (CHATML, [USER, {"role": "assistant", "content": "\ud800"}], "half a character"),
         (NO_SYSTEM, [{"role": "system", "content": "hi"}, ANSWER], "refuses the conversation"),
         (FORGETS, [USER, {"role": "assistant", "content": "think</think>yes"}, USER, ANSWER], "message 2 adds"),
         (LINES, [ANSWER], "message 1 adds"),
+        (THINKS, [USER, ANSWER], "the text that asks for it is not how it begins"),
     ],
 )
 def test_a_conversation_that_cannot_be_scored_is_a_bad_row(
@@ -291,3 +295,19 @@ def test_a_text_that_a_tokenizer_begins_with_a_blank_is_not_torn_apart() -> None
     assert tokenizer.decode(found.ids) == "u ten<eos> a then they<eos>"
     said = [i for i, scored in zip(found.ids, found.loss_mask, strict=True) if scored]
     assert tokenizer.decode(said).strip() == "then they<eos>"
+
+
+def test_a_text_file_is_no_conversation(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("messages")
+    with pytest.raises(UserError, match=r"x\.txt is plain text"):
+        load_documents([DatasetRecipe(path=str(tmp_path / "x.txt"), type="chat")], tokenizer, chat_template=CHATML)
+
+
+def test_a_slow_tokenizer_is_refused_where_it_is_needed_to_tell_places() -> None:
+    class Slow:
+        is_fast = False
+
+    Rules(DatasetRecipe(path="x"), Slow())
+    for settings in ({"type": "chat"}, {"split_long": "paragraph"}):
+        with pytest.raises(UserError, match="cannot tell where"):
+            Rules(DatasetRecipe(path="x", **settings), Slow())

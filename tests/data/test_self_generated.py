@@ -60,6 +60,10 @@ def documents(
     return [(ids.tolist(), scored.tolist()) for ids, scored in map(part.tokens, range(len(part)))]
 
 
+class Killed(BaseException):
+    """As Ctrl-C would be, but it does not end the tests."""
+
+
 class Dying:
     """A model that dies after some batches, as a killed process would."""
 
@@ -69,7 +73,7 @@ class Dying:
 
     def generate(self, *arguments: Any, **options: Any) -> Any:
         if not self.left:
-            raise KeyboardInterrupt
+            raise Killed
         self.left -= 1
         own, self.model.generation_config = self.model.generation_config, self.generation_config
         try:
@@ -124,9 +128,11 @@ def test_a_generation_killed_in_the_middle_ends_with_the_same_text(
     died_after: int, loaded: tuple[Any, Any], tmp_path: Path
 ) -> None:
     settings = {"samples_per_prompt": 2, "seed": 4}
-    expected = documents(recipe_of(tmp_path / "whole", **settings), loaded)
+    counted = Dying(loaded[0], 100)
+    expected = documents(recipe_of(tmp_path / "whole", **settings), loaded, counted)
+    batches = 100 - counted.left
     recipe = recipe_of(tmp_path / "killed", **settings)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         documents(recipe, loaded, Dying(loaded[0], died_after))
     prepared = tmp_path / "killed" / "run" / "prepared"
     if died_after:
@@ -135,7 +141,9 @@ def test_a_generation_killed_in_the_middle_ends_with_the_same_text(
         assert whole.count(b"\n") == died_after
         partial.write_bytes(whole + whole[: len(whole) // died_after // 2])  # the power went in the middle of a line
     torch.manual_seed(99)  # what else was drawn meanwhile does not matter
-    left = Dying(loaded[0], 8 - died_after + 2)
+    with pytest.raises(Killed):
+        documents(recipe, loaded, Dying(loaded[0], 1))
+    left = Dying(loaded[0], batches - died_after - 1)  # what was finished, both times, is not made again
     assert documents(recipe, loaded, left) == expected
     assert left.generation_config.top_k == 2
     assert not list(prepared.glob("*.jsonl"))

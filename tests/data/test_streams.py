@@ -252,3 +252,32 @@ def test_what_was_tokenised_once_is_not_read_again_until_it_changes(
     assert calls == [9, 10]
     with pytest.raises(UserError, match="its documents changed"):
         changed.load_state_dict(first.state_dict())
+
+
+def test_processes_that_start_together_prepare_the_data_once(data: Path, tokenizer: Any, tmp_path: Path) -> None:
+    from threading import Barrier, Thread
+
+    from zconvert.data import loading
+
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(0, 9)))
+    start, found, written = Barrier(3), [], []
+    real = loading.write_documents
+
+    def slowly(*arguments: Any) -> None:
+        written.append(arguments[0])
+        real(*arguments)
+
+    def run() -> None:
+        start.wait()
+        found.append(rows_of(tmp_path, tokenizer, [{"path": "a.jsonl"}]).next_batch())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "write_documents", slowly)
+        threads = [Thread(target=run) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(written) == 1
+    assert all(equal(batch, found[0]) for batch in found)
+    assert len(found) == 3

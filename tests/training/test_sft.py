@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from tests.contracts.models import make_model
 from tests.training.runs import make_run, metrics_of
+from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.load import load_model
 from zconvert.checkpoint.source import require_converted, resolve
 from zconvert.data.loading import load_stream
@@ -20,6 +21,7 @@ from zconvert.data.packing import Batch, PackedRows
 from zconvert.errors import UserError
 from zconvert.recipe import SftRecipe
 from zconvert.tidar.model import LayoutModel
+from zconvert.tidar.settings import GatedParts
 from zconvert.training import stages
 from zconvert.training.objective import Targets, packed_losses
 
@@ -138,10 +140,14 @@ def test_a_run_of_conversations_that_was_stopped_goes_on_as_if_it_had_not_been(
     assert metrics_of(Path(again.output_dir)) == metrics_of(Path(recipe.output_dir))
 
 
-def test_self_generated_text_is_trained_on_by_a_gated_or_a_full_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gated", [None, GatedParts(rank=4, mlp_width=16)], ids=["full", "gated"])
+def test_a_run_can_be_trained_on_text_of_its_own(gated: GatedParts | None, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"messages": [{"role": "user", "content": "ten"}]}\n' * 3)
     generated = {"prompts": str(tmp_path / "prompts.jsonl"), "max_new_tokens": 8}
     recipe = make_sft(tmp_path, datasets=[{"self_generated": generated, "type": "chat"}], max_steps=2, warmup_steps=0)
+    if gated is not None:
+        convert_init(resolve(tmp_path / "source"), tmp_path / "gated", block_size=4, gated=gated)
+        recipe = recipe.model_copy(update={"base_model": str(tmp_path / "gated")})
     told: list[str | None] = []
     assert stages.train(recipe, lambda progress: told.append(progress.message)).is_dir()
     assert any(text is not None and "text of its own" in text for text in told)

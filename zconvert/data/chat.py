@@ -88,6 +88,8 @@ def prompt(row: dict[str, Any], dataset: DatasetRecipe, tokenizer: Any, template
 def messages_of(row: dict[str, Any], dataset: DatasetRecipe) -> list[Message]:
     """The messages of a row, checked; keys without a value (as Parquet has them) are left out."""
     name = dataset.field_messages
+    if not isinstance(row, dict):
+        raise UserError("it is plain text", expected="a row with messages", fix="give a .jsonl or .parquet file")
     if name not in row:
         raise UserError(
             f"it lacks {name!r}", found="keys " + ", ".join(map(repr, row)), fix="see datasets[].field_messages"
@@ -169,6 +171,10 @@ def _render(
         )
     except (TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
         raise UserError("the chat template refuses the conversation", found=error, fix=_FIX) from None
+    try:
+        texts[0].encode()
+    except UnicodeEncodeError:
+        raise UserError("it holds half a character (a lone surrogate)", fix="mend the text") from None
     return texts[0], spans[0] if marks else []
 
 
@@ -286,7 +292,7 @@ def scored_tokens(
         marked = turn.content is None
         ends = [n for n in inside if ids[n] in special and not text[offsets[n][1] : turn.end].strip()]
         if ends:
-            said, end_of_turn = [n for n in inside if n < ends[-1]], ends[-1:]
+            said, end_of_turn = [n for n in inside if n < ends[0]], ends
         elif (
             marked and after is not None and ids[after] in special and not text[turn.end : offsets[after][0]].strip(" ")
         ):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from zconvert.checkpoint.folder import writing
 from zconvert.data.documents import Document, Documents, read_documents, write_documents
 from zconvert.data.reading import open_dataset
 from zconvert.data.self_generated import Writer, identity, read_prompts, write_texts
@@ -19,6 +23,8 @@ from zconvert.recipe import DatasetRecipe, TrainingRecipe
 
 PREPARED = "prepared"
 """in a run's folder: the tokenised datasets"""
+_ROWS_TOLD = 100_000
+"""progress is told so often"""
 
 
 def load_documents(
@@ -101,7 +107,7 @@ def load_stream(
             BadRows(dataset, on_message),
             block_rows=dataset.shuffle_buffer_size,
             seed=seed,
-            identity=[rules[number].identity(), open_dataset(dataset).identity],
+            identity=_key(rules[number].identity(), open_dataset(dataset).identity),
             vocabulary_rows=vocabulary_rows,
         )
 
@@ -165,8 +171,11 @@ def read_template(recipe: TrainingRecipe) -> str | None:
 
 def _tokenised(rules: Rules, workers: Workers, number: int, on_message: OnMessage | None) -> Iterator[Document]:
     bad_rows = BadRows(rules.dataset, on_message)
-    for documents in bad_rows.good(workers.outcomes(number, open_dataset(rules.dataset).rows())):
+    rows = open_dataset(rules.dataset).rows()
+    for count, documents in enumerate(bad_rows.good(workers.outcomes(number, rows)), start=1):
         yield from documents
+        if count % _ROWS_TOLD == 0 and on_message is not None:
+            on_message(f"tokenised {count:,} rows of {rules.dataset.label}")
     bad_rows.summary()
 
 
@@ -175,7 +184,8 @@ def _prepared(
 ) -> tuple[Documents, int]:
     """The tokenised documents of one dataset, from disk, and their highest id."""
     dataset = rules.dataset
-    folder = prepared / _key(rules.identity(), open_dataset(dataset).identity)
+    reader = open_dataset(dataset)
+    folder = prepared / _key(rules.identity(), reader.identity, reader.version)
     return _stored(folder, dataset, lambda: _tokenised(rules, workers, number, on_message))
 
 
@@ -198,15 +208,30 @@ def _key(*parts: Any) -> str:
 
 
 def _stored(folder: Path, dataset: DatasetRecipe, documents: Callable[[], Iterator[Document]]) -> tuple[Documents, int]:
-    if not folder.exists():
+    with _alone(folder.parent):
         try:
-            write_documents(folder, documents(), {"dataset": dataset.label})
+            if not folder.exists():
+                write_documents(folder, documents(), {"dataset": dataset.label})
         except UserError:
-            if not folder.exists():  # else another process wrote it meanwhile: the same
+            if not folder.exists():  # where there are no locks, another process may have been first: with the same
                 raise
     read, facts = read_documents(folder)
     _refuse_none(len(read), [dataset])
     return read, int(facts["highest_id"])
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps other processes, such as the other ranks of a run, waiting: what one has prepared all can read."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks: each prepares its own, and the first is taken
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _refuse_none(count: int, datasets: Sequence[DatasetRecipe]) -> None:

@@ -48,14 +48,16 @@ _Part = Callable[[Position | None], Iterator[tuple[RawRow, Callable[[], Position
 class Reader:
     """Rows of all parts of one dataset, in order, once; `position` is after the row that was yielded last."""
 
-    def __init__(self, parts: list[_Part], identity: list[Any]) -> None:
+    def __init__(self, parts: list[_Part], identity: list[Any], version: list[Any] | None = None) -> None:
         """Starts before the first row.
 
         Args:
             parts: files or splits, in order.
-            identity: what tells this data from other data, JSON-able.
+            identity: what tells this data from other data wherever it lies, JSON-able.
+            version: what else changes when it is written anew on this machine.
         """
         self.identity = identity
+        self.version = version or []
         self._parts = parts
         self._part = 0
         self._within: Callable[[], Position] | None = None
@@ -102,8 +104,9 @@ def open_dataset(dataset: DatasetRecipe, path: str | None = None) -> Reader:
         ".txt": lambda path: lambda start: _whole(path, limit, start),
         ".parquet": lambda path: lambda start: _table(lambda: _parquet(path), str(path), start),
     }
-    identity = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    return Reader([kinds[file.suffix](file) for file in files], identity)
+    identity = [[file.name, file.stat().st_size] for file in files]
+    version = [[str(file.resolve()), file.stat().st_mtime_ns] for file in files]
+    return Reader([kinds[file.suffix](file) for file in files], identity, version)
 
 
 def _files(path: Path) -> list[Path]:

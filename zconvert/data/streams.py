@@ -147,7 +147,7 @@ class Streamed:
         *,
         block_rows: int,
         seed: int | str,
-        identity: Any,
+        identity: str,
         vocabulary_rows: int | None = None,
     ) -> None:
         """Reads nothing yet.
@@ -159,7 +159,7 @@ class Streamed:
             bad_rows: says what to do with bad rows.
             block_rows: rows that are shuffled together.
             seed: fixes the order.
-            identity: of the data and how they are tokenised.
+            identity: a hash of the data and how they are tokenised.
             vocabulary_rows: see `check_ids`.
         """
         self._open, self._number, self._workers, self._bad_rows = open_reader, number, workers, bad_rows
@@ -245,9 +245,7 @@ class Streamed:
                     yield ready
                     ready = None
             if not seen:
-                raise UserError(
-                    "a streamed dataset holds no rows", found=str(self._identity), fix="check datasets[].path"
-                )
+                raise UserError("a streamed dataset holds no rows", fix="check datasets[].path in the recipe")
             epoch, block, position = epoch + 1, 0, None
 
 

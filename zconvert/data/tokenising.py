@@ -51,6 +51,17 @@ class Rules:
     sequence_len: int | None = None
     chat_template: str | None = None
 
+    def __post_init__(self) -> None:
+        """Refuses a tokenizer that cannot tell where its tokens lie, where that is needed."""
+        needed = self.dataset.type == "chat" or self.dataset.split_long == "paragraph"
+        if needed and not self.tokenizer.is_fast:
+            raise UserError(
+                "the tokenizer cannot tell where in the text its tokens lie",
+                found=f"the slow {type(self.tokenizer).__name__}",
+                expected="a fast tokenizer, for conversations and split_long: paragraph",
+                fix="put a tokenizer.json into the checkpoint",
+            )
+
     def identity(self) -> str:
         """A hash of all that decides the tokens of a row."""
         reading = {"path", "self_generated", "name", "split", "revision", "weight", "streaming", "shuffle_buffer_size"}

@@ -68,7 +68,7 @@ class DatasetRecipe(Section):
         False, description="read and tokenise while training, without a copy on disk; shuffled only over a part"
     )
     shuffle_buffer_size: Count = Field(1000, description="rows that are shuffled together, where streaming")
-    max_row_bytes: Count = Field(10_000_000, description="a longer row is a bad row")
+    max_row_bytes: Count = Field(100_000_000, description="a longer row, or text file, is a bad row")
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="what a row that cannot be used does: end the command, or be told of and left out"
     )

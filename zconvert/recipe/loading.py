@@ -92,7 +92,9 @@ def _problems(error: ValidationError, model: type[Recipe], lines: dict[KeyPath, 
             yield Problem(line, f"{name} is missing{_described(path, model)}")
         else:
             reason = str(item["ctx"]["error"]) if item["type"] == "value_error" else _expected(item, path)
-            yield Problem(line, f"{name} is {_as_written(item['input'])}: {reason}" if line else f"{name}: {reason}")
+            missing = item["input"] is None and path != tuple(item["loc"])  # a key that is not there has no value
+            stands = f" is {_as_written(item['input'])}" if line and not missing else ""
+            yield Problem(line, f"{name}{stands}: {reason}")
 
 
 def _as_written(value: Any) -> str:

@@ -64,11 +64,12 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
     rows_in_embedding = model.get_input_embeddings().weight.shape[0]
     _write_recipe(run_dir, recipe)
     on_progress(Progress(message=f"reading {', '.join(dataset.label for dataset in recipe.datasets)}"))
+    generating = any(dataset.self_generated is not None for dataset in recipe.datasets)
     documents = load_stream(
         recipe,
         tokenizer,
         vocabulary_rows=rows_in_embedding,
-        writer=_writer(source, model, tokenizer, settings),
+        writer=_writer(source, model, tokenizer, settings) if generating else None,
         on_message=lambda text: on_progress(Progress(message=text)),
     )
     rows = PackedRows(

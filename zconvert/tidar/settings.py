@@ -63,7 +63,8 @@ class GatedParts:
         expert = {"replace": "in place of the routed ones", "add": "beside the routed ones"}.get(self.mlp)
         parts = [f"low rank {self.rank}"] if self.rank else []
         parts += [f"diffusion expert of {self.mlp_width} {expert}"] if expert else []
-        parts += ["mask embedding"] if self.mask_embedding else []
+        named = {"norms": self.norms, "routers": self.router, "mask embedding": self.mask_embedding}
+        parts += [name for name, there in named.items() if there]
         return ", ".join(parts)
 
 

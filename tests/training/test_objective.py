@@ -1,4 +1,4 @@
-"""The losses: what is scored, and that neither chunks nor micro-batches change them."""
+"""The losses: what is scored, and that micro-batches do not change them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.contracts.models import shared_random_pair
 from zconvert.data.packing import Batch
 from zconvert.tidar.layout import PADDING
 from zconvert.training.loop import random_offsets
-from zconvert.training.objective import Targets, cross_entropy_sum, packed_losses
+from zconvert.training.objective import Targets, packed_losses
 
 BLOCK, MASK = 4, 63
 
@@ -59,22 +59,6 @@ def test_rows_together_give_the_sum_of_the_rows_apart() -> None:
     assert both[2] == [a + b for a, b in zip(first[2], second[2], strict=True)]
     # Blocks of 4 in documents of 7, 5 and 9 tokens, the first two tokens not scored.
     assert both[2] == [2 + 2 + 3 - 1, 2 + 1 + 2 - 1, 2 + 1 + 2, 1 + 1 + 2]
-
-
-def test_the_chunked_loss_is_the_plain_one_in_value_and_gradient() -> None:
-    model = shared_random_pair("qwen3_moe").layout
-    generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(29, 32, generator=generator)
-    labels = torch.randint(60, (29,), generator=generator)
-    results = []
-    for chunk in (29, 7, 1):
-        inputs = hidden.clone().requires_grad_()
-        loss, correct = cross_entropy_sum(model, inputs, labels, chunk)
-        head = model.model.lm_head.weight
-        results.append((loss.detach(), *torch.autograd.grad(loss, [inputs, head]), correct))
-    for other in results[1:]:
-        for one, two in zip(results[0], other, strict=True):
-            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
 
 
 def test_a_random_phase_is_one_for_each_document() -> None:

@@ -55,7 +55,9 @@ class TrainingRecipe(Recipe):
 
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="number format of the forward pass")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about a third slower")
-    loss_chunk_size: Count = Field(4096, description="tokens per chunk of the loss; bounds the memory of logits")
+    loss_chunk_size: Count | None = Field(
+        None, description="tokens whose logits are made at a time; null: as many as take half a GiB"
+    )
     experts_implementation: Literal["eager", "grouped_mm", "batched_mm"] | None = Field(
         None, description="how transformers computes experts; null: what suits the device"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .cache import TidarCache
 from .families import Family, judge
@@ -109,10 +109,13 @@ class LayoutModel:
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """(…, hidden) -> (…, vocabulary) float32, as the model's own forward makes them."""
+        if self.family.head == "inkling":
+            hidden_states = hidden_states / self.config.logits_mup_width_multiplier
+        return self.finish_logits(self._head(hidden_states).float())
+
+    def finish_logits(self, logits: Tensor) -> Tensor:
+        """What follows the output head: (…, rows of the head) float32 -> (…, vocabulary)."""
         config, head = self.config, self.family.head
-        if head == "inkling":
-            hidden_states = hidden_states / config.logits_mup_width_multiplier
-        logits = self._head(hidden_states).float()
         if head == "logits_scaling":
             return logits / config.logits_scaling
         if head == "logit_scale":
@@ -122,6 +125,16 @@ class LayoutModel:
         if head == "inkling" and config.unpadded_vocab_size is not None:
             return logits[..., : config.unpadded_vocab_size]
         return logits
+
+    @property
+    def linear_head(self) -> nn.Linear | None:
+        """The output head, where `logits(h)` is `finish_logits(W h + b)` and nothing else; else None.
+
+        It is not where the head is a class of its own (grafted, sharded, quantised) or its weight a distributed tensor.
+        """
+        head = self._head
+        ordinary = type(head) is nn.Linear and type(head.weight) is nn.Parameter and self.family.head != "inkling"
+        return head if ordinary else None
 
     @property
     def device(self) -> torch.device:

@@ -8,16 +8,18 @@ not depend on how a step is cut into micro-batches. Source: TiDAR (arXiv 2511.08
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from zconvert.data.packing import Batch
 from zconvert.tidar.layout import PADDING, packed_layout
 from zconvert.tidar.model import LayoutModel
+from zconvert.training.loss import cross_entropy_sum, divergence_sum
+
+if TYPE_CHECKING:  # the losses run where what reads recipes and data is not installed (benchmarks/step_time.py)
+    from zconvert.data.packing import Batch
 
 
 @dataclass
@@ -60,7 +62,7 @@ def packed_losses(
     block_size: int,
     offset: Tensor | int = 0,
     objective: Literal["data", "forward_kl"] = "data",
-    loss_chunk_size: int = 1024,
+    loss_chunk_size: int | None = None,
 ) -> LossSums:
     """Runs one packed forward of 2T tokens and sums both losses.
 
@@ -73,7 +75,7 @@ def packed_losses(
         objective: of mask slots. data: cross-entropy with their own token. forward_kl: KL divergence of their
             distribution from the AR one of the same position, which is held fixed; the first token of a document,
             which AR does not predict, is learnt from the data.
-        loss_chunk_size: logits are made for so many tokens at a time.
+        loss_chunk_size: logits are made for so many tokens at a time; None: see training/loss.py.
 
     Returns:
         Sums, not means. With forward_kl a slot is right where its likeliest token is AR's.
@@ -99,63 +101,6 @@ def packed_losses(
         slot_correct=torch.bincount(slots[correct], minlength=block_size),
         slot_count=torch.bincount(slots, minlength=block_size),
     )
-
-
-def cross_entropy_sum(model: LayoutModel, hidden: Tensor, labels: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy in float32, without ever holding the logits of more than a chunk.
-
-    A chunk's logits are made again in the backward pass (activation checkpointing) where there is more than one.
-
-    Args:
-        model: its head is used.
-        hidden: (n, hidden).
-        labels: (n,) int64.
-        chunk_size: tokens in a chunk.
-
-    Returns:
-        () the sum, and (n,) bool: the likeliest token is the label.
-    """
-
-    def chunk_loss(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = model.logits(hidden)
-        return F.cross_entropy(logits, labels, reduction="sum"), logits.detach().argmax(-1) == labels
-
-    if len(labels) <= chunk_size:
-        return chunk_loss(hidden, labels)
-    parts = [
-        checkpoint(chunk_loss, h, y, use_reentrant=False)
-        for h, y in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True)
-    ]
-    return torch.stack([loss for loss, _ in parts]).sum(), torch.cat([correct for _, correct in parts])
-
-
-def divergence_sum(
-    model: LayoutModel, hidden: Tensor, teacher: Tensor, labels: Tensor, starts: Tensor, chunk_size: int
-) -> tuple[Tensor, Tensor]:
-    """Summed KL(p || q) in float32, p the AR distribution, without ever holding the logits of more than a chunk.
-
-    Args:
-        model: its head is used.
-        hidden: (n, hidden) of mask slots, which give q.
-        teacher: (n, hidden) of the clean tokens before them, which give p.
-        labels: (n,) int64, the data's tokens.
-        starts: (n,) bool: the slot is its document's first; its p is the data's token.
-        chunk_size: tokens in a chunk.
-
-    Returns:
-        () the sum, and (n,) bool: the likeliest token is p's.
-    """
-
-    def chunk_loss(hidden: Tensor, teacher: Tensor, labels: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-        q = model.logits(hidden).log_softmax(-1)
-        with torch.no_grad():
-            p = model.logits(teacher).softmax(-1)
-            p = torch.where(starts[:, None], F.one_hot(labels, p.shape[-1]), p)
-        return F.kl_div(q, p, reduction="sum"), q.detach().argmax(-1) == p.argmax(-1)
-
-    chunks = zip(*(x.split(chunk_size) for x in (hidden, teacher, labels, starts)), strict=True)
-    parts = [checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
-    return torch.stack([loss for loss, _ in parts]).sum(), torch.cat([correct for _, correct in parts])
 
 
 def expected_accepted(slot_accuracy: list[float]) -> float:

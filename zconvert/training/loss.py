@@ -12,17 +12,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zconvert.tidar.model import LayoutModel
 
-_Loss = Callable[..., tuple[Tensor, Tensor]]
-"""(logits, labels …) of a chunk, float32 -> () the summed loss, and (n,) bool: the likeliest token is right"""
+_Loss = Callable[..., tuple[Tensor, Tensor, Tensor]]
+"""(logits, labels …) of a chunk, float32 -> () the summed loss, (n,) bool: the likeliest token is right, and the loss's
+gradient with respect to the logits, in the logits' own memory"""
 
 CHUNK_LOGITS = 2**27
-"""logits in a chunk of no stated size: half a GiB in float32, of which up to four are held at a time"""
+"""logits in a chunk of no stated size: half a GiB in float32"""
 
 
 def cross_entropy_sum(
@@ -40,8 +40,11 @@ def cross_entropy_sum(
         () the sum in nats, and (n,) bool: the likeliest token is the label.
     """
 
-    def loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return F.cross_entropy(logits, labels, reduction="sum"), logits.detach().argmax(-1) == labels
+    def loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        target = logits.gather(1, labels[:, None])[:, 0]
+        normaliser, likeliest = _softmax_(logits)
+        gradient = logits.scatter_add_(1, labels[:, None], logits.new_full((len(labels), 1), -1.0))
+        return (normaliser - target).sum(), likeliest == labels, gradient
 
     return _chunked(model, loss, hidden, (labels,), chunk_size)
 
@@ -68,14 +71,31 @@ def divergence_sum(
         () the sum in nats, and (n,) bool: the likeliest token is p's.
     """
 
-    def loss(logits: Tensor, teacher: Tensor, labels: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            p = model.logits(teacher).softmax(-1).masked_fill_(starts[:, None], 0.0)
-            p.scatter_add_(1, labels[:, None], starts[:, None].to(p.dtype))
-        q = logits.log_softmax(-1)
-        return F.kl_div(q, p, reduction="sum"), q.detach().argmax(-1) == p.argmax(-1)
+    def loss(
+        logits: Tensor, teacher: Tensor, labels: Tensor, starts: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # KL = Σ p (log p - log q) = Σ p (their logits' difference) - normaliser of p + normaliser of q
+        target = logits.gather(1, labels[:, None])[:, 0]
+        differences = model.logits(teacher)
+        p = differences.clone()
+        normaliser_p, likeliest_p = _softmax_(p)
+        expected = torch.linalg.vecdot(p, differences.sub_(logits)) - normaliser_p
+        del differences
+        normaliser_q, likeliest_q = _softmax_(logits)
+        # At a start p is one at the label, and zero elsewhere.
+        p.masked_fill_(starts[:, None], 0.0).scatter_add_(1, labels[:, None], starts[:, None].to(p.dtype))
+        total = (normaliser_q + torch.where(starts, -target, expected)).sum()
+        return total, likeliest_q == torch.where(starts, labels, likeliest_p), logits.sub_(p)
 
     return _chunked(model, loss, hidden, (teacher.detach(), labels, starts), chunk_size)
+
+
+def _softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Turns (n, vocabulary) logits into probabilities in place; returns (n,) log-sum-exps and (n,) likeliest tokens."""
+    top, likeliest = logits.max(-1)
+    total = logits.sub_(top[:, None]).exp_().sum(-1)
+    logits.div_(total[:, None])
+    return total.log_().add_(top), likeliest
 
 
 def _chunked(
@@ -85,10 +105,10 @@ def _chunked(
     size = chunk_size or max(1, CHUNK_LOGITS // model.config.vocab_size)
     head = model.linear_head
     if head is not None and torch.is_grad_enabled():
-        return _Fused.apply(hidden, head.weight, head.bias, model.finish_logits, loss, others, size)  # type: ignore[no-any-return]
+        return _LinearLoss.apply(hidden, head.weight, head.bias, model.finish_logits, loss, others, size)  # type: ignore[no-any-return]
 
     def chunk_loss(hidden: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
-        return loss(model.logits(hidden), *others)
+        return _LogitsLoss.apply(model.logits(hidden), loss, others)  # type: ignore[no-any-return]
 
     chunks = _chunks(hidden, others, size)
     if len(chunks) == 1 or not torch.is_grad_enabled():
@@ -102,7 +122,24 @@ def _chunks(hidden: Tensor, others: tuple[Tensor, ...], size: int) -> list[tuple
     return list(zip(*(x.split(size) for x in (hidden, *others)), strict=True))
 
 
-class _Fused(torch.autograd.Function):
+class _LogitsLoss(torch.autograd.Function):
+    """A loss of logits, which need not be kept for the backward pass: its gradient is."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, loss: _Loss, others: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Returns the sum and what is right."""
+        total, correct, gradient = loss(logits.clone(), *others)
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(correct)
+        return total, correct
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Any) -> Any:
+        """Scales the gradient."""
+        return ctx.saved_tensors[0] * outputs[0], None, None
+
+
+class _LinearLoss(torch.autograd.Function):
     """A loss of `finish(hidden @ weight.T + bias)`, whose gradients are made in the forward pass."""
 
     @staticmethod
@@ -124,26 +161,31 @@ class _Fused(torch.autograd.Function):
         # Sums over chunks are taken in float32, whatever the products are made in.
         of_hidden = torch.empty_like(hidden) if wants_hidden else None
         of_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        of_bias = torch.zeros_like(weight[:, 0], dtype=torch.float32) if wants_bias else None
+        of_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
+        buffer = hidden.new_empty((min(size, len(hidden)), len(weight)), dtype=dtype)
         total = hidden.new_zeros((), dtype=torch.float32)
         correct, start = [], 0
         for rows, *labels in _chunks(hidden, others, size):
             states = rows.to(dtype)
             with torch.autocast(device, enabled=False):
-                raw = F.linear(states, matrix, None if bias is None else bias.to(dtype)).requires_grad_()
+                raw = torch.mm(states, matrix.T, out=buffer[: len(rows)])
+                if bias is not None:
+                    raw += bias.to(dtype)
                 with torch.enable_grad():
-                    part, right = loss(finish(raw.float()), *labels)
-                    (by_logit,) = torch.autograd.grad(part, raw)
-                del raw
+                    logits = finish(raw.requires_grad_().float())
+                part, right, gradient = loss(logits.detach(), *labels)
+                by_raw = gradient if logits is raw else torch.autograd.grad(logits, raw, gradient)[0]
+                raw.requires_grad_(False)
                 if of_hidden is not None:
-                    of_hidden[start : start + len(rows)] = by_logit @ matrix
+                    of_hidden[start : start + len(rows)] = by_raw @ matrix
                 if of_weight is not None and dtype == torch.float32:
-                    of_weight.addmm_(by_logit.T, states)
+                    of_weight.addmm_(by_raw.T, states)
                 elif of_weight is not None:
-                    of_weight += by_logit.T @ states
+                    of_weight += by_raw.T @ states
                 if of_bias is not None:
-                    of_bias += by_logit.sum(0, dtype=torch.float32)
-            total += part.detach()
+                    of_bias += by_raw.sum(0, dtype=torch.float32)
+            del logits, gradient, by_raw
+            total += part
             correct.append(right)
             start += len(rows)
         ctx.gradients = (of_hidden, of_weight, of_bias)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from .cache import TidarCache
 from .families import Family, judge
+from .flex_masks import NAME as FLEX
+from .flex_masks import block_masks
 from .gated import GatedWeights
 from .grafts import graft
 from .layout import Layout, with_committed
@@ -75,7 +77,10 @@ class LayoutModel:
         """
         committed = cache.committed if cache is not None else 0
         key = with_committed(layout, committed) if committed else layout
-        masks = attention_masks(self.family, self.config, layout, key, self.model.dtype)
+        if cache is None and self.config._attn_implementation == FLEX:
+            masks = block_masks(self.family, self.config, layout)
+        else:
+            masks = attention_masks(self.family, self.config, layout, key, self.model.dtype)
         if self.family.mixing != "attention":
             name, past = _convolution_past(self.family, self.config)
             assert isinstance(masks, dict)

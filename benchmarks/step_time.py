@@ -2,12 +2,13 @@
 
     python benchmarks/step_time.py                                    # a small ZAYA on the CPU
     python benchmarks/step_time.py --family qwen3_moe --tokens 1024 --documents 8 --rounds 9
-    python benchmarks/step_time.py --device cuda --dtype bfloat16 --kinds plain,flex,sdpa --family zaya --width 2048 \\
-        --layers 40 --experts 16 --expert-width 2048 --vocabulary 262272 --tokens 8192 --checkpointing
+    python benchmarks/step_time.py --device cuda --dtype bfloat16 --kinds plain,flex,sdpa,dense --peak-tflops 989 \\
+        --width 2048 --layers 12 --experts 16 --expert-width 2048 --vocabulary 262272 --tokens 8192 --checkpointing
 
 In every round each kind runs one step, in turn; the ratios are of the medians. `plain` attends causally in SDPA without
-a mask over one text; `sdpa` and `flex` run the packed row through a dense mask or through FlexAttention. All make their
-loss in chunks, by the same function, so that what differs is the layout. Needs torch and transformers alone.
+a mask over one text. The others run the packed row: `dense` through the whole row's mask, `sdpa` by segments, `flex` in
+FlexAttention. All make their loss in chunks, by the same function, so that what differs is the layout. Needs torch and
+transformers alone. What it does on a GPU was never run on one: no figure of it is known.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def make_batch(args: argparse.Namespace) -> Any:
     ids = torch.randint(2, args.vocabulary, shape, device=args.device)
     documents = torch.arange(args.tokens, device=args.device) * args.documents // args.tokens
     return SimpleNamespace(
-        input_ids=ids, document_ids=documents.expand(shape).contiguous(), loss_mask=torch.ones_like(ids, dtype=torch.bool)
+        input_ids=ids,
+        document_ids=documents.expand(shape).contiguous(),
+        loss_mask=torch.ones_like(ids, dtype=torch.bool),
     )
 
 
@@ -102,7 +105,10 @@ class Bench:
     def step(self, kind: str) -> tuple[float, float, float]:
         """Seconds of forward and backward pass, seconds of the whole step, and peak memory on the GPU in bytes."""
         args = self.args
-        choose_attention(self.layout_model, "flex" if kind == "flex" else "sdpa", torch.device(args.device))
+        if kind in ("plain", "dense"):
+            self.layout_model.config._attn_implementation = "sdpa"  # as transformers has it
+        else:
+            choose_attention(self.layout_model, "flex" if kind == "flex" else "sdpa", torch.device(args.device))
         if args.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         start = self.now()
@@ -159,7 +165,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--documents", type=int, default=1, help="in a row")
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--chunk", type=int, help="tokens in a chunk of the loss; left out: the default")
-    parser.add_argument("--kinds", default="plain,sdpa", help="of plain, sdpa, flex")
+    parser.add_argument("--kinds", default="plain,sdpa", help="of plain, dense, sdpa, flex")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the forward pass")
     parser.add_argument("--experts-implementation", help="left out: what suits the device")
@@ -177,7 +183,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     bench, kinds = Bench(args), args.kinds.split(",")
     size = sum(parameter.numel() for parameter in bench.model.parameters())
-    print(f"{vars(args)}\n{size / 1e6:.1f} M parameters, torch {torch.__version__}, transformers {transformers.__version__}")
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{vars(args)}\n{size / 1e6:.1f} M parameters, {versions}")
     for kind in kinds:  # compiles, allocates, starts the optimizer's state
         bench.step(kind)
     found = [{kind: bench.step(kind) for kind in kinds} for _ in range(args.rounds)]

@@ -28,7 +28,7 @@ from zconvert.tidar.generate import layout_model_of
 from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.settings import GATED_FILE, GatedParts
 from zconvert.training import stages
-from zconvert.training.objective import divergence_sum
+from zconvert.training.loss import divergence_sum
 
 PARTS = GatedParts(rank=4, mlp_width=16)
 
@@ -163,6 +163,8 @@ def test_the_divergence_is_the_sum_over_slots_whatever_the_chunks() -> None:
     torch.manual_seed(0)
 
     class Head:
+        linear_head = None
+
         weight = torch.randn(11, 6)
 
         def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -70,7 +70,9 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, value in expected.items():
         # 1e-6 of the largest entry: sums over chunks are taken in another order.
         tolerance = 1e-6 * max(1.0, float(value.float().abs().max()))
-        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-6, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 @pytest.mark.parametrize("chunk", [TOKENS, 7, 1, None])
@@ -147,9 +149,7 @@ def test_in_bfloat16_logits_are_rounded_and_their_sums_are_not() -> None:
 
     def run(chunked: bool) -> dict[str, Tensor]:
         with torch.autocast("cpu", torch.bfloat16):
-            return results(
-                model, (lambda m, h: chunked_cross_entropy(m, h, 7)) if chunked else plain_cross_entropy
-            )
+            return results(model, (lambda m, h: chunked_cross_entropy(m, h, 7)) if chunked else plain_cross_entropy)
 
     found, plain = run(True), run(False)
     assert found["loss"].dtype == found["head weight"].dtype == torch.float32

@@ -58,8 +58,11 @@ class TrainingRecipe(Recipe):
     loss_chunk_size: Count | None = Field(
         None, description="tokens whose logits are made at a time; null: as many as take half a GiB"
     )
+    attention: Literal["auto", "flex", "sdpa"] = Field(
+        "auto", description="flex: compiled FlexAttention, on a GPU; auto: that where the family can, else sdpa"
+    )
     experts_implementation: Literal["eager", "grouped_mm", "batched_mm"] | None = Field(
-        None, description="how transformers computes experts; null: what suits the device"
+        None, description="how transformers computes experts; null: the fastest that the family can"
     )
     num_threads: Count | None = Field(None, description="CPU threads; null: torch's own choice")
 

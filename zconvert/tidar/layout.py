@@ -54,7 +54,15 @@ class Layout:
         return self.position_ids.shape[1]
 
 
-def packed_layout(document_ids: Tensor, block_size: int, offset: Tensor | int = 0) -> Layout:
+@dataclass(frozen=True)
+class PackedLayout(Layout):
+    """A training row: clean tokens, each document's side by side, then mask slots, each block's side by side.
+
+    A block's id is the column of the clean token that its first slot stands for.
+    """
+
+
+def packed_layout(document_ids: Tensor, block_size: int, offset: Tensor | int = 0) -> PackedLayout:
     """Lays out a packed training row `[x_0 … x_{T-1} | m_0 … m_{T-1}]`.
 
     With T = 4, B = 2 and one document, a dot being hidden:
@@ -76,7 +84,7 @@ def packed_layout(document_ids: Tensor, block_size: int, offset: Tensor | int = 
             (R, T) equal within each document.
 
     Returns:
-        Layout of (R, 2T).
+        PackedLayout of (R, 2T).
 
     >>> packed_layout(torch.tensor([[0, 0, 0, 1, 1]]), 2).position_ids.tolist()
     [[0, 1, 2, 0, 1, 0, 1, 2, 0, 1]]
@@ -94,7 +102,7 @@ def packed_layout(document_ids: Tensor, block_size: int, offset: Tensor | int = 
     first_slot = position == block_start
     before_block = torch.where(block_start > 0, document_start + block_start - 1, NO_PREDECESSOR)
     mask_before = torch.where(first_slot, before_block, length + index - 1)
-    return Layout(
+    return PackedLayout(
         position_ids=torch.cat([position, position], dim=1),
         clean_limit=torch.cat([position + 1, block_start], dim=1),
         # The row index of a block's first slot names it uniquely in the row.

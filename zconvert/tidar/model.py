@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 from .cache import TidarCache
 from .families import Family, judge
-from .flex_masks import NAME as FLEX
-from .flex_masks import block_masks
 from .gated import GatedWeights
 from .grafts import graft
-from .layout import Layout, with_committed
+from .layout import Layout, PackedLayout, with_committed
 from .masks import attention_masks
+from .packed_attention import FLEX, SEGMENTS, packed_masks
 from .positions import ARGUMENT as POSITIONS
 from .positions import Positions
 from .predecessors import predecessors_of
@@ -77,8 +76,9 @@ class LayoutModel:
         """
         committed = cache.committed if cache is not None else 0
         key = with_committed(layout, committed) if committed else layout
-        if cache is None and self.config._attn_implementation == FLEX:
-            masks = block_masks(self.family, self.config, layout)
+        masks: Any
+        if isinstance(layout, PackedLayout) and self.config._attn_implementation in (FLEX, SEGMENTS):
+            masks = packed_masks(self.family, self.config, layout)
         else:
             masks = attention_masks(self.family, self.config, layout, key, self.model.dtype)
         if self.family.mixing != "attention":

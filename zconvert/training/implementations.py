@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import AttentionInterface
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from zconvert.errors import UserError
-from zconvert.tidar import flex_masks
+from zconvert.tidar import packed_attention
 from zconvert.tidar.model import LayoutModel
+from zconvert.tidar.packed_attention import FLEX, SEGMENTS
+
+if TYPE_CHECKING:  # this module runs where what reads recipes is not installed (benchmarks/step_time.py)
+    from zconvert.recipe import TrainingRecipe
 
 GROUPED = "grouped_mm_autocast"
 """of the experts' implementation, in transformers' registry"""
 
 
+def choose_implementations(model: LayoutModel, recipe: TrainingRecipe, device: torch.device) -> tuple[str, str]:
+    """Has a model compute as a recipe wants, or as fast as it can; returns what was chosen, in two lines.
+
+    Raises:
+        UserError: what the recipe wants cannot be had.
+    """
+    experts = choose_experts(model, recipe.experts_implementation, autocast=recipe.dtype == "bfloat16")
+    return choose_attention(model, recipe.attention, device), experts
+
+
 def choose_attention(model: LayoutModel, wanted: Literal["auto", "flex", "sdpa"], device: torch.device) -> str:
-    """Has packed rows attend by FlexAttention or through a dense mask.
+    """Has packed rows attend by FlexAttention, by segments in SDPA, or through the dense mask of the whole row.
 
     Args:
         model: on its device; changed in place.
-        wanted: auto takes FlexAttention on a GPU where the family can.
+        wanted: auto takes FlexAttention on a GPU where the family can, else SDPA.
         device: the model's.
 
     Returns:
@@ -31,23 +44,30 @@ def choose_attention(model: LayoutModel, wanted: Literal["auto", "flex", "sdpa"]
     Raises:
         UserError: FlexAttention is wanted and cannot be had.
     """
-    problem = "it has no backward pass on the CPU" if device.type == "cpu" else _flex_problem(model)
+    config, decoder = model.config, model.model.get_decoder()
+    problem = "it has no backward pass on the CPU" if device.type == "cpu" else None
+    problem = problem or _packed_problem(model)
+    if not decoder._supports_flex_attn:
+        problem = problem or f"transformers has none for {model.family.model_type}"
+    if getattr(config, "attention_dropout", 0.0):
+        problem = problem or "it knows no attention dropout"
     if wanted == "flex" and problem is not None:
         raise UserError("FlexAttention cannot train this model", found=problem, fix="set attention to auto or sdpa")
     if wanted != "sdpa" and problem is None:
-        flex_masks.register()
-        model.config._attn_implementation = flex_masks.NAME
+        packed_attention.register()
+        config._attn_implementation = FLEX
         return "attention: FlexAttention"
-    if model.config._attn_implementation == flex_masks.NAME:
-        model.config._attn_implementation = "sdpa"
-    reason = f" (not FlexAttention: {problem})" if wanted == "auto" else ""
-    return f"attention: {model.config._attn_implementation} with a dense mask{reason}"
+    reason = f" (not FlexAttention: {problem})" if wanted == "auto" and device.type != "cpu" else ""
+    if config._attn_implementation in ("sdpa", FLEX, SEGMENTS) and _packed_problem(model) is None:
+        packed_attention.register()
+        config._attn_implementation = SEGMENTS
+        return f"attention: SDPA by segments{reason}"
+    return f"attention: {config._attn_implementation} with the whole row's mask{reason}"
 
 
-def _flex_problem(model: LayoutModel) -> str | None:
-    """Why a family cannot attend by FlexAttention; None: it can."""
+def _packed_problem(model: LayoutModel) -> str | None:
+    """Why a family cannot take a packed mask (tidar/packed_attention.py); None: it can."""
     family, config = model.family, model.config
-    decoder: Any = model.model.get_decoder()
     if family.sinks:
         return "its attention has sinks"
     if family.indexed:
@@ -56,10 +76,8 @@ def _flex_problem(model: LayoutModel) -> str | None:
         return "its attention adds a bias by distance"
     if getattr(config, "kv_lora_rank", None):
         return "latent attention was not tried with it"
-    if getattr(config, "attention_dropout", 0.0):
-        return "it knows no attention dropout"
-    if not decoder._supports_flex_attn or config._attn_implementation not in AttentionInterface():
-        return f"transformers has none for {family.model_type}"
+    if config._attn_implementation == "eager":
+        return f"{family.model_type} has eager attention alone"
     return None
 
 

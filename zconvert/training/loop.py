@@ -26,6 +26,7 @@ from zconvert.errors import UserError
 from zconvert.recipe import TrainingRecipe
 from zconvert.tidar.generate import layout_model_of
 from zconvert.tidar.settings import TidarSettings
+from zconvert.training.implementations import checkpoint_activations
 from zconvert.training.objective import LossSums, Targets, expected_accepted, packed_losses
 from zconvert.training.schedule import learning_rate_factor
 from zconvert.training.state import load_latest, load_state, save_state
@@ -115,7 +116,7 @@ class Trainer:
         self._resume()
         self.trained.train()  # a frozen source stays in evaluation mode: nothing of it is drawn at random
         if recipe.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(self.layout_model)
         with _signals() as received, self._metrics_file() as metrics_file:
             while self.step < recipe.max_steps:
                 self._train_step()

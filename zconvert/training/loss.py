@@ -1,9 +1,9 @@
 """Losses of tokens, summed, from hidden states and labels; the logits of more than a chunk are never held.
 
-Where the output head is an ordinary linear layer, each chunk's logits are made once: its gradients with respect to hidden
-states and head are computed along with its loss, in the forward pass, and the backward pass only scales them (as in
-Liger-Kernel, arXiv 2410.10989). Heads of other kinds (sharded, quantised, grafted) make a chunk's logits again in the
-backward pass.
+Where the output head is an ordinary linear layer, each chunk's logits are made once: its gradients with respect to
+hidden states and head are computed along with its loss, in the forward pass, and the backward pass only scales them (as
+in Liger-Kernel, arXiv 2410.10989). Heads of other kinds (sharded, quantised, grafted) make a chunk's logits again in
+the backward pass.
 """
 
 from __future__ import annotations
@@ -71,9 +71,7 @@ def divergence_sum(
         () the sum in nats, and (n,) bool: the likeliest token is p's.
     """
 
-    def loss(
-        logits: Tensor, teacher: Tensor, labels: Tensor, starts: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(logits: Tensor, teacher: Tensor, labels: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # KL = Σ p (log p - log q) = Σ p (their logits' difference) - normaliser of p + normaliser of q
         target = logits.gather(1, labels[:, None])[:, 0]
         differences = model.logits(teacher)
@@ -161,7 +159,7 @@ class _LinearLoss(torch.autograd.Function):
         # Sums over chunks are taken in float32, whatever the products are made in.
         of_hidden = torch.empty_like(hidden) if wants_hidden else None
         of_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        of_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
+        of_bias = hidden.new_zeros(len(weight), dtype=torch.float32) if wants_bias else None
         buffer = hidden.new_empty((min(size, len(hidden)), len(weight)), dtype=dtype)
         total = hidden.new_zeros((), dtype=torch.float32)
         correct, start = [], 0

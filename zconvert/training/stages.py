@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,6 +15,7 @@ from zconvert.data.documents import load_documents
 from zconvert.data.packing import PackedRows
 from zconvert.errors import UserError
 from zconvert.recipe import TrainingRecipe, dump_recipe
+from zconvert.training.implementations import choose_implementations
 from zconvert.training.loop import OnProgress, Progress, Trainer
 
 
@@ -47,8 +47,6 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
     torch.manual_seed(recipe.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(source, dtype="float32", device=device)
-    if recipe.experts_implementation is not None:
-        _choose_experts(model, recipe.experts_implementation)
     model.config.use_cache = False
     rows_in_embedding = model.get_input_embeddings().weight.shape[0]
     on_progress(Progress(message=f"reading {', '.join(dataset.path for dataset in recipe.datasets)}"))
@@ -63,6 +61,8 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
     )
     _write_recipe(run_dir, recipe)
     trainer = Trainer(model, rows, recipe, settings, on_progress)
+    for line in choose_implementations(trainer.layout_model, recipe, torch.device(device)):
+        on_progress(Progress(message=line))
     trainer.run()
     on_progress(Progress(message=f"writing {final}"))
     trained = dataclasses.replace(
@@ -73,15 +73,6 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
     else:
         save_trained(model, source.folder, final, settings=trained, dtype=recipe.save_dtype)
     return final
-
-
-def _choose_experts(model: Any, wanted: str) -> None:
-    try:
-        model.set_experts_implementation(wanted)
-    except ValueError as error:
-        raise UserError(
-            f"experts_implementation {wanted} does not work with this model", found=error, fix="leave it out, or eager"
-        ) from error
 
 
 def _write_recipe(run_dir: Path, recipe: TrainingRecipe) -> None:

@@ -47,7 +47,13 @@ class TrainingRecipe(Recipe):
     decay_steps: CountOrZero = Field(0, description="last steps, in which wsd decays; 0 with the other schedules")
     min_lr_ratio: Share = Field(0.0, description="learning rate at the end, as a share of the peak")
 
-    weight_decay: float = Field(0.1, ge=0, lt=1, description="AdamW weight decay of matrices; vectors have none")
+    optimizer: Literal["adamw", "muon", "adamw_8bit"] = Field(
+        "adamw",
+        description="muon: for hidden matrices and experts, AdamW for the rest, at the same learning rate; adamw_8bit: "
+        "AdamW whose state takes a quarter of the memory, by torchao",
+    )
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="Muon's decay of the gradient's mean")
+    weight_decay: float = Field(0.1, ge=0, lt=1, description="weight decay of matrices; vectors have none")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW decay of the gradient's mean")
     adam_beta2: float = Field(0.95, ge=0, lt=1, description="AdamW decay of the gradient's square")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW epsilon")

@@ -28,6 +28,7 @@ from zconvert.tidar.generate import layout_model_of
 from zconvert.tidar.settings import TidarSettings
 from zconvert.training.implementations import checkpoint_activations
 from zconvert.training.objective import LossSums, Targets, expected_accepted, packed_losses
+from zconvert.training.optimizer import make_optimizer
 from zconvert.training.schedule import learning_rate_factor
 from zconvert.training.state import load_latest, load_state, save_state
 
@@ -93,15 +94,7 @@ class Trainer:
         self.on_progress = on_progress
         self.run_dir = Path(recipe.output_dir)
         self.step = 0
-        # Matrices are decayed; norms, biases and scales are not.
-        groups = [
-            {"params": [p for p in self.trained.parameters() if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-            {"params": [p for p in self.trained.parameters() if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        betas = (recipe.adam_beta1, recipe.adam_beta2)
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=recipe.learning_rate, betas=betas, eps=recipe.adam_epsilon, fused=True
-        )
+        self.optimizer = make_optimizer(self.trained.named_parameters(), recipe)
         self._offsets = torch.Generator().manual_seed(recipe.seed)
         self._window = self._new_window()
 

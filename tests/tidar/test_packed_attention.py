@@ -20,6 +20,7 @@ from zconvert.tidar.layout import PADDING, PackedLayout, decode_layout, packed_l
 from zconvert.tidar.masks import EVERYTHING, Reach, visible
 from zconvert.tidar.packed_attention import FLEX, SEGMENTS, PackedMask, mask_function, packed_mask, runs_of
 from zconvert.training.implementations import _packed_problem, choose_attention
+from zconvert.training.slots import draw_slots
 
 REACHES = [EVERYTHING, Reach(window=1), Reach(window=5), Reach(window=21), Reach(chunk=8), Reach(chunk=6)]
 
@@ -40,8 +41,12 @@ def random_layouts(count: int) -> Iterator[PackedLayout]:
             padding = draw(0, length) if number % 3 == 0 else 0
             documents[length - padding :] = PADDING
             rows.append(documents)
-        block = draw(1, 9)
-        yield packed_layout(torch.stack(rows), block, draw(0, block))
+        block, documents = draw(1, 9), torch.stack(rows)
+        offset = draw(0, block)
+        slots = None
+        if number % 4 == 3:  # some of the slots, in every other row of full tiles
+            slots = draw_slots(documents, documents != PADDING, block, offset, 0.5, generator)
+        yield packed_layout(documents, block, offset, slots)
 
 
 def dense(seen: Any, layout: PackedLayout) -> Tensor:
@@ -76,7 +81,8 @@ def test_full_tiles_are_full_and_no_tile_is_missed(reach: Reach) -> None:
         assert not (full & partial).any()
         assert torch.equal(full | partial, by_tile.any(-1)), "exactly the tiles in which something is seen"
         # A full tile that lies across the two halves counts as partial; no other does.
-        across = (torch.arange(tiles) * 8 < length // 2) & (torch.arange(1, tiles + 1) * 8 > length // 2)
+        half = layout.first_slot
+        across = (torch.arange(tiles) * 8 < half) & (torch.arange(1, tiles + 1) * 8 > half)
         assert torch.equal(full | (by_tile.all(-1) & across), by_tile.all(-1))
         kinds["full"] += int(full.sum())
         kinds["partial"] += int(partial.sum())

@@ -26,6 +26,13 @@ class TrainingDiffusion(Section):
     block_offset: Literal["zero", "random"] = Field(
         "zero", description="phase of the blocks: zero starts one at each document, random draws it per document"
     )
+    diffusion_fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="mask slots per clean token of a row; below 1, whole blocks are drawn of those that are scored, and "
+        "a step costs (1 + diffusion_fraction) / 2",
+    )
 
 
 class TrainingRecipe(Recipe):

@@ -27,9 +27,10 @@ from zconvert.recipe import TrainingRecipe
 from zconvert.tidar.generate import layout_model_of
 from zconvert.tidar.settings import TidarSettings
 from zconvert.training.implementations import checkpoint_activations
-from zconvert.training.objective import LossSums, Targets, expected_accepted, packed_losses
+from zconvert.training.objective import LossSums, Targets, expected_accepted, packed_losses, scored_tokens
 from zconvert.training.optimizer import make_optimizer
 from zconvert.training.schedule import learning_rate_factor
+from zconvert.training.slots import draw_slots
 from zconvert.training.state import load_latest, load_state, save_state
 
 METRICS_FILE = "metrics.jsonl"
@@ -130,16 +131,17 @@ class Trainer:
         device = self.layout_model.device
         batches = [_to(self.rows.next_batch(), device) for _ in range(recipe.gradient_accumulation_steps)]
         # Counts of the whole step first: each micro-batch's sums are divided by them.
-        targets = [Targets.of(batch) for batch in batches]
+        places = [self._place_slots(batch) for batch in batches]
+        targets = [Targets.of(batch, slots) for batch, (_, slots) in zip(batches, places, strict=True)]
         ar_count = sum(int(t.ar.sum()) for t in targets)
         diffusion_count = sum(int(t.diffusion.sum()) for t in targets)
         if not diffusion_count:
             raise UserError(f"step {self.step + 1} has no scored token", fix="check the data's loss masks")
         window, alpha = self._window, self._alpha
         self.optimizer.zero_grad(set_to_none=True)
-        for batch in batches:
+        for batch, (offset, slots) in zip(batches, places, strict=True):
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
-                sums = self._losses(batch)
+                sums = self._losses(batch, offset, slots)
             loss = (alpha * sums.ar / max(1, ar_count) + sums.diffusion / diffusion_count) / (1 + alpha)
             if not math.isfinite(loss.item()):
                 raise UserError(
@@ -163,17 +165,25 @@ class Trainer:
         window.tokens += sum(batch.input_ids.numel() for batch in batches)
         window.seconds += time.perf_counter() - started
 
-    def _losses(self, batch: Batch) -> LossSums:
-        block_size = self.settings.block_size
+    def _place_slots(self, batch: Batch) -> tuple[torch.Tensor | int, torch.Tensor | None]:
+        """The phase of a batch's blocks, and which tokens have a mask slot; None: all."""
+        block_size, diffusion = self.settings.block_size, self.recipe.diffusion
         offset: torch.Tensor | int = 0
-        if self.recipe.diffusion.block_offset == "random":
+        if diffusion.block_offset == "random":
             offset = random_offsets(batch.document_ids, block_size, self._offsets)
+        if diffusion.diffusion_fraction == 1.0:
+            return offset, None
+        scored, fraction = scored_tokens(batch), diffusion.diffusion_fraction
+        return offset, draw_slots(batch.document_ids, scored, block_size, offset, fraction, self._offsets)
+
+    def _losses(self, batch: Batch, offset: torch.Tensor | int, slots: torch.Tensor | None) -> LossSums:
         return packed_losses(
             self.layout_model,
             batch,
             mask_token_id=self.settings.mask_token_id,
-            block_size=block_size,
+            block_size=self.settings.block_size,
             offset=offset,
+            slots=slots,
             objective=self.recipe.diffusion.objective or ("data" if self.gated is None else "forward_kl"),
             loss_chunk_size=self.recipe.loss_chunk_size,
         )

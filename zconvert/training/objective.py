@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zconvert.tidar.layout import PADDING, packed_layout
+from zconvert.tidar.layout import NO_SLOT, PADDING, packed_layout
 from zconvert.tidar.model import LayoutModel
 from zconvert.training.loss import cross_entropy_sum, divergence_sum
 
@@ -43,15 +43,33 @@ class Targets:
     ar: Tensor
     """(R, T) bool: the token after this one is scored, and belongs to the same document"""
     diffusion: Tensor
-    """(R, T) bool: this token is scored"""
+    """(R, M) bool: the token of this mask slot is scored"""
 
     @classmethod
-    def of(cls, batch: Batch) -> Targets:
-        """Scored tokens of a batch: `loss_mask`, never padding, nothing across documents."""
-        scored = batch.loss_mask & (batch.document_ids != PADDING)
+    def of(cls, batch: Batch, slots: Tensor | None = None) -> Targets:
+        """Scored tokens of a batch: `loss_mask`, never padding, nothing across documents.
+
+        Args:
+            batch: of R rows of T tokens.
+            slots: (R, M), the tokens that have a mask slot; None for all, M = T.
+        """
+        scored = scored_tokens(batch)
         follows = torch.zeros_like(scored)
         follows[:, :-1] = scored[:, 1:] & (batch.document_ids[:, 1:] == batch.document_ids[:, :-1])
-        return cls(follows, scored)
+        return cls(follows, _at(scored, slots) if slots is None else _at(scored, slots) & (slots != NO_SLOT))
+
+
+def scored_tokens(batch: Batch) -> Tensor:
+    """(R, T) bool: the token counts as a target."""
+    return batch.loss_mask & (batch.document_ids != PADDING)
+
+
+def _at(values: Tensor, slots: Tensor | None) -> Tensor:
+    """(R, T, …) of the tokens -> (R, M, …) of the slots; anything where there is none."""
+    if slots is None:
+        return values
+    index = slots.clamp_min(0)
+    return values.gather(1, index.view(*index.shape, *[1] * (values.dim() - 2)).expand(-1, -1, *values.shape[2:]))
 
 
 def packed_losses(
@@ -61,10 +79,11 @@ def packed_losses(
     mask_token_id: int,
     block_size: int,
     offset: Tensor | int = 0,
+    slots: Tensor | None = None,
     objective: Literal["data", "forward_kl"] = "data",
     loss_chunk_size: int | None = None,
 ) -> LossSums:
-    """Runs one packed forward of 2T tokens and sums both losses.
+    """Runs one packed forward of T + M tokens and sums both losses.
 
     Args:
         model: see LayoutModel.
@@ -72,6 +91,7 @@ def packed_losses(
         mask_token_id: fills the mask half.
         block_size: B.
         offset: phase of the blocks; see `packed_layout`.
+        slots: (R, M), the tokens that have a mask slot (`draw_slots`); None for all.
         objective: of mask slots. data: cross-entropy with their own token. forward_kl: KL divergence of their
             distribution from the AR one of the same position, which is held fixed; the first token of a document,
             which AR does not predict, is learnt from the data.
@@ -81,25 +101,26 @@ def packed_losses(
         Sums, not means. With forward_kl a slot is right where its likeliest token is AR's.
     """
     ids, length = batch.input_ids, batch.input_ids.shape[1]
-    layout = packed_layout(batch.document_ids, block_size, offset)
-    row = torch.cat([ids, torch.full_like(ids, mask_token_id)], dim=1)  # (R, 2T)
+    layout = packed_layout(batch.document_ids, block_size, offset, slots)
+    slot_ids = _at(ids, slots)
+    row = torch.cat([ids, torch.full_like(slot_ids, mask_token_id)], dim=1)  # (R, T + M)
     hidden = model.hidden_states(row, layout)
-    targets = Targets.of(batch)
+    targets = Targets.of(batch, slots)
     next_ids = F.pad(ids[:, 1:], (0, 1))
     ar, _ = cross_entropy_sum(model, hidden[:, :length][targets.ar], next_ids[targets.ar], loss_chunk_size)
-    slot_hidden, labels = hidden[:, length:][targets.diffusion], ids[targets.diffusion]
+    slot_hidden, labels = hidden[:, length:][targets.diffusion], slot_ids[targets.diffusion]
     if objective == "data":
         diffusion, correct = cross_entropy_sum(model, slot_hidden, labels, loss_chunk_size)
     else:
-        before = F.pad(hidden[:, : length - 1].detach(), (0, 0, 1, 0))[targets.diffusion]
+        before = _at(F.pad(hidden[:, : length - 1].detach(), (0, 0, 1, 0)), slots)[targets.diffusion]
         starts = (layout.position_ids[:, length:] == 0)[targets.diffusion]
         diffusion, correct = divergence_sum(model, slot_hidden, before, labels, starts, loss_chunk_size)
-    slots = (layout.position_ids - layout.clean_limit)[:, length:][targets.diffusion]
+    places = (layout.position_ids - layout.clean_limit)[:, length:][targets.diffusion]
     return LossSums(
         ar=ar,
         diffusion=diffusion,
-        slot_correct=torch.bincount(slots[correct], minlength=block_size),
-        slot_count=torch.bincount(slots, minlength=block_size),
+        slot_correct=torch.bincount(places[correct], minlength=block_size),
+        slot_count=torch.bincount(places, minlength=block_size),
     )
 
 

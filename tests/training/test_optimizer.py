@@ -19,7 +19,7 @@ from zconvert.errors import UserError
 from zconvert.recipe import MidtrainRecipe
 from zconvert.training import stages
 from zconvert.training.loop import Progress
-from zconvert.training.optimizer import Muon, make_optimizer, orthogonal
+from zconvert.training.optimizer import Muon, make_optimizer, orthogonal, set_learning_rate
 
 
 def recipe(**changes: Any) -> MidtrainRecipe:
@@ -146,3 +146,38 @@ def test_a_missing_library_is_named_with_what_to_install(monkeypatch: pytest.Mon
     with pytest.raises(UserError, match="torchao") as caught:
         make_optimizer(make_model("qwen3_moe").named_parameters(), recipe(optimizer="adamw_8bit"))
     assert "zconvert[8bit]" in str(caught.value)
+
+
+def test_a_learning_rate_held_in_a_tensor_stays_in_that_tensor() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    plain = torch.optim.AdamW([weight], lr=0.1)
+    compiled = torch.optim.AdamW([weight], lr=torch.tensor(0.1))
+    tensor = compiled.param_groups[0]["lr"]
+    for optimizer in (plain, compiled):
+        set_learning_rate(optimizer, 0.025)
+        assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.025)
+    assert compiled.param_groups[0]["lr"] is tensor
+
+
+@pytest.mark.slow
+def test_adamw_in_8_bits_resumes_bit_for_bit_and_follows_the_learning_rate() -> None:
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    model = nn.Linear(128, 64, bias=False)
+    optimizer = make_optimizer(model.named_parameters(), recipe(optimizer="adamw_8bit"))
+    give_gradients(model, 0)
+    optimizer.step()
+    assert "8bit" in type(optimizer.state[model.weight]["exp_avg"]).__name__
+    twin = deepcopy(model)
+    stored = io.BytesIO()
+    torch.save(optimizer.state_dict(), stored)
+    stored.seek(0)
+    other = make_optimizer(twin.named_parameters(), recipe(optimizer="adamw_8bit"))
+    other.load_state_dict(torch.load(stored, weights_only=True))
+    for one, which in ((model, optimizer), (twin, other)):
+        set_learning_rate(which, 0.5)
+        give_gradients(one, 1)
+        before = one.weight.detach().clone()
+        which.step()
+        assert (one.weight - before).abs().max() > 0.1
+    assert torch.equal(model.weight, twin.weight)

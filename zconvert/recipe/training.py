@@ -30,7 +30,7 @@ class TrainingDiffusion(Section):
         1.0,
         gt=0,
         le=1,
-        description="mask slots per clean token of a row; below 1, whole blocks are drawn of those that are scored, and "
+        description="mask slots per clean token of a row; below 1, whole blocks of those scored are drawn, and "
         "a step costs (1 + diffusion_fraction) / 2",
     )
 

@@ -28,7 +28,7 @@ from zconvert.tidar.generate import layout_model_of
 from zconvert.tidar.settings import TidarSettings
 from zconvert.training.implementations import checkpoint_activations
 from zconvert.training.objective import LossSums, Targets, expected_accepted, packed_losses, scored_tokens
-from zconvert.training.optimizer import make_optimizer
+from zconvert.training.optimizer import make_optimizer, set_learning_rate
 from zconvert.training.schedule import learning_rate_factor
 from zconvert.training.slots import draw_slots
 from zconvert.training.state import load_latest, load_state, save_state
@@ -156,8 +156,7 @@ class Trainer:
             for total, new in ((window.slot_correct, sums.slot_correct), (window.slot_count, sums.slot_count)):
                 total[:] = [a + b for a, b in zip(total, new.tolist(), strict=True)]
         window.grad_norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), recipe.max_grad_norm).item()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
+        set_learning_rate(self.optimizer, self._learning_rate())
         self.optimizer.step()
         self.step += 1
         window.ar_count += ar_count
@@ -223,7 +222,7 @@ class Trainer:
             "loss_diffusion": diffusion,
             "slot_accuracy": accuracy,
             "expected_accepted": expected_accepted(accuracy),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
             "grad_norm": window.grad_norm,
             "tokens_per_second": window.tokens / window.seconds,
             "seconds": window.seconds,

@@ -56,6 +56,15 @@ def make_optimizer(
     return torch.optim.AdamW(groups, **options, fused=True)
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets the learning rate of every group."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)  # compiled optimizers (torchao's) hold it in a tensor
+        else:
+            group["lr"] = rate
+
+
 def _is_hidden(name: str, parameter: nn.Parameter) -> bool:
     """A matrix inside the model, or a layer's experts' matrices stacked; no embedding, head or convolution."""
     between = not any(word in name for word in OUTER)

@@ -197,7 +197,8 @@ def _ordered(table: Tensor) -> tuple[Tensor, Tensor]:
 
 def packed_masks(family: Family, config: Any, layout: PackedLayout) -> Any:
     """The `attention_mask` argument of a forward over a packed row: one mask, or one for each kind of layer."""
-    return route(family, config, layout.num_tokens, lambda reach: packed_mask(layout, reach))
+    tile = TILE if config._attn_implementation == FLEX else layout.num_tokens  # SDPA has no use for the table
+    return route(family, config, layout.num_tokens, lambda reach: packed_mask(layout, reach, tile))
 
 
 def attend_by_tiles(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any) -> Any:

@@ -184,7 +184,7 @@ def test_the_clean_half_by_itself_and_then_the_mask_half_are_the_packed_row(mode
     expected = gradients(packed[:, ids.shape[1] :])
     pair.layout.release_gate()
     pair.layout.gated.gate.recompute = all_parts  # so that one of two recomputes
-    clean, slots = hidden_halves(pair.layout, ids, layout, MASK)
+    clean, slots = hidden_halves(pair.layout, ids, torch.full_like(ids, MASK), layout)
     assert not clean.requires_grad
     torch.testing.assert_close(torch.cat([clean, slots], dim=1), packed, atol=TOLERANCE, rtol=0)
     found = gradients(slots)
@@ -209,8 +209,8 @@ def test_what_the_backward_pass_keeps_shrinks_with_the_clean_half_apart_and_with
     row = torch.cat([ids, torch.full_like(ids, MASK)], dim=1)
     packed = kept(lambda: pair.layout.hidden_states(row, layout))
     pair.layout.release_gate()
-    apart = kept(lambda: hidden_halves(pair.layout, ids, layout, MASK))
+    apart = kept(lambda: hidden_halves(pair.layout, ids, torch.full_like(ids, MASK), layout))
     pair.layout.gated.gate.recompute = True
-    recomputed = kept(lambda: hidden_halves(pair.layout, ids, layout, MASK))
+    recomputed = kept(lambda: hidden_halves(pair.layout, ids, torch.full_like(ids, MASK), layout))
     assert apart < 0.6 * packed
     assert recomputed < 0.1 * packed

@@ -26,6 +26,13 @@ class TrainingDiffusion(Section):
     block_offset: Literal["zero", "random"] = Field(
         "zero", description="phase of the blocks: zero starts one at each document, random draws it per document"
     )
+    diffusion_fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="mask slots per clean token of a row; below 1, whole blocks of those scored are drawn, and "
+        "a step costs (1 + diffusion_fraction) / 2",
+    )
 
 
 class TrainingRecipe(Recipe):
@@ -56,7 +63,13 @@ class TrainingRecipe(Recipe):
     decay_steps: CountOrZero = Field(0, description="last steps, in which wsd decays; 0 with the other schedules")
     min_lr_ratio: Share = Field(0.0, description="learning rate at the end, as a share of the peak")
 
-    weight_decay: float = Field(0.1, ge=0, lt=1, description="AdamW weight decay of matrices; vectors have none")
+    optimizer: Literal["adamw", "muon", "adamw_8bit"] = Field(
+        "adamw",
+        description="muon: for hidden matrices and experts, AdamW for the rest, at the same learning rate; adamw_8bit: "
+        "AdamW whose state takes a quarter of the memory, by torchao",
+    )
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="Muon's decay of the gradient's mean")
+    weight_decay: float = Field(0.1, ge=0, lt=1, description="weight decay of matrices; vectors have none")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW decay of the gradient's mean")
     adam_beta2: float = Field(0.95, ge=0, lt=1, description="AdamW decay of the gradient's square")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW epsilon")
@@ -72,8 +85,11 @@ class TrainingRecipe(Recipe):
     loss_chunk_size: Count | None = Field(
         None, description="tokens whose logits are made at a time; null: as many as take half a GiB"
     )
+    attention: Literal["auto", "flex", "sdpa"] = Field(
+        "auto", description="flex: compiled FlexAttention, on a GPU; auto: that where the family can, else sdpa"
+    )
     experts_implementation: Literal["eager", "grouped_mm", "batched_mm"] | None = Field(
-        None, description="how transformers computes experts; null: what suits the device"
+        None, description="how transformers computes experts; null: the fastest that the family can"
     )
     num_threads: Count | None = Field(None, description="CPU threads; null: torch's own choice")
 

@@ -13,6 +13,7 @@ Source: TiDAR (arXiv 2511.08923), section 3; the predecessor index is ours.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 PADDING = -1  # document id of padding: it forms a document of its own, never scored
 CLEAN = -1  # block id of clean tokens
 NO_PREDECESSOR = -1
+NO_SLOT = -1  # fills up rows that have fewer mask slots than others
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,23 @@ class Layout:
         """N, tokens in a row."""
         return self.position_ids.shape[1]
 
-    def columns(self, start: int, end: int) -> Layout:
-        """Some of the row's tokens; their predecessors still count the columns of the whole row."""
-        return Layout(*(getattr(self, field.name)[:, start:end] for field in fields(self)))
+
+@dataclass(frozen=True)
+class PackedLayout(Layout):
+    """A training row: clean tokens, each document's side by side, then mask slots, each block's side by side.
+
+    A block's id is the column of the clean token that its first slot stands for.
+    """
+
+    def halves(self) -> tuple[PackedLayout, Layout]:
+        """The clean tokens by themselves, and the mask slots, whose predecessors still are columns of the whole row."""
+        clean = [getattr(self, field.name)[:, : self.first_slot] for field in fields(self)]
+        return PackedLayout(*clean), Layout(*(getattr(self, f.name)[:, self.first_slot :] for f in fields(self)))
 
 
-def packed_layout(document_ids: Tensor, block_size: int, offset: Tensor | int = 0) -> Layout:
+def packed_layout(
+    document_ids: Tensor, block_size: int, offset: Tensor | int = 0, slots: Tensor | None = None
+) -> PackedLayout:
     """Lays out a packed training row `[x_0 … x_{T-1} | m_0 … m_{T-1}]`.
 
     With T = 4, B = 2 and one document, a dot being hidden:
@@ -78,9 +91,11 @@ def packed_layout(document_ids: Tensor, block_size: int, offset: Tensor | int = 
         block_size: B, mask slots in a block; the last block of a document may be shorter.
         offset: phase of the blocks, in 0 … B-1: slot i of a document lies in block (i + offset) // B. One number, or
             (R, T) equal within each document.
+        slots: (R, M) int64, the tokens that have a mask slot, in order and by whole blocks; NO_SLOT fills rows up from
+            behind. None: all of them, M = T.
 
     Returns:
-        Layout of (R, 2T).
+        PackedLayout of (R, T + M).
 
     >>> packed_layout(torch.tensor([[0, 0, 0, 1, 1]]), 2).position_ids.tolist()
     [[0, 1, 2, 0, 1, 0, 1, 2, 0, 1]]
@@ -95,17 +110,30 @@ def packed_layout(document_ids: Tensor, block_size: int, offset: Tensor | int = 
     block_start = ((position + offset) // block_size * block_size - offset).clamp_min(0)
 
     clean_before = torch.where(position > 0, index - 1, NO_PREDECESSOR)
-    first_slot = position == block_start
     before_block = torch.where(block_start > 0, document_start + block_start - 1, NO_PREDECESSOR)
-    mask_before = torch.where(first_slot, before_block, length + index - 1)
-    return Layout(
-        position_ids=torch.cat([position, position], dim=1),
-        clean_limit=torch.cat([position + 1, block_start], dim=1),
-        # The row index of a block's first slot names it uniquely in the row.
-        block_ids=torch.cat([torch.full_like(index, CLEAN), document_start + block_start], dim=1),
-        document_ids=torch.cat([document_ids, document_ids], dim=1),
-        predecessors=torch.cat([clean_before, mask_before], dim=1),
+    # Of each slot: position, limit, block, document, and what precedes its block's first slot. The row index of a
+    # block's first token names it uniquely in the row.
+    of_slot: tuple[Tensor, ...] = (position, block_start, document_start + block_start, document_ids, before_block)
+    if slots is not None:
+        of_slot = _kept(slots, of_slot)
+    slot_position, limit, block, document, before = of_slot
+    column = length + torch.arange(slot_position.shape[1], device=position.device)
+    return PackedLayout(
+        position_ids=torch.cat([position, slot_position], dim=1),
+        clean_limit=torch.cat([position + 1, limit], dim=1),
+        block_ids=torch.cat([torch.full_like(index, CLEAN), block], dim=1),
+        document_ids=torch.cat([document_ids, document], dim=1),
+        predecessors=torch.cat([clean_before, torch.where(slot_position == limit, before, column - 1)], dim=1),
     )
+
+
+def _kept(slots: Tensor, of_slot: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Takes some slots of a row's T; what fills up is one more block, of padding, that sees itself alone."""
+    fill, length = slots == NO_SLOT, of_slot[0].shape[1]
+    rank = (fill.long().cumsum(dim=1) - 1).clamp_min(0)
+    filling: tuple[Any, ...] = (rank, 0, length, PADDING, NO_PREDECESSOR)
+    at = slots.clamp_min(0)
+    return tuple(torch.where(fill, x, values.gather(1, at)) for x, values in zip(filling, of_slot, strict=True))
 
 
 def decode_layout(

@@ -6,6 +6,7 @@ right in SDPA and silently wrong in eager attention, where True is added as 1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,14 +93,33 @@ def attention_masks(
         (R, 1, N, K) additive, or a dict of these by kind of layer, as the family takes it. None in place of a mask that
         would hide nothing from a single token.
     """
-    by_reach: dict[Reach, Tensor | None] = {}
 
-    def mask_for(reach: Reach) -> Tensor | None:
-        if any(size is not None and size >= key.num_tokens for size in (reach.window, reach.chunk)):
+    def make(reach: Reach) -> Tensor | None:
+        alone = layout.num_tokens == 1 and reach == EVERYTHING and not family.indexed
+        return None if alone else additive(visible(layout, key, reach), dtype)
+
+    return route(family, config, key.num_tokens, make)
+
+
+def route(family: Family, config: Any, num_keys: int, make: Callable[[Reach], Any]) -> Any:
+    """Masks by the way in which a family takes them.
+
+    Args:
+        family: the model's row of the family table.
+        config: the model's transformers config.
+        num_keys: K.
+        make: makes the mask of one reach; called once for each.
+
+    Returns:
+        What `make` gave, or a dict of it by kind of layer.
+    """
+    by_reach: dict[Reach, Any] = {}
+
+    def mask_for(reach: Reach) -> Any:
+        if any(size is not None and size >= num_keys for size in (reach.window, reach.chunk)):
             reach = EVERYTHING  # nothing is that far away
         if reach not in by_reach:
-            alone = layout.num_tokens == 1 and reach == EVERYTHING and not family.indexed
-            by_reach[reach] = None if alone else additive(visible(layout, key, reach), dtype)
+            by_reach[reach] = make(reach)
         return by_reach[reach]
 
     if family.masks == "layer_type":

@@ -12,8 +12,9 @@ from .cache import TidarCache
 from .families import Family, judge
 from .gated import GatedWeights
 from .grafts import graft
-from .layout import Layout, with_committed
+from .layout import Layout, PackedLayout, with_committed
 from .masks import attention_masks
+from .packed_attention import FLEX, SEGMENTS, packed_masks
 from .positions import ARGUMENT as POSITIONS
 from .positions import Positions
 from .predecessors import predecessors_of
@@ -81,7 +82,11 @@ class LayoutModel:
         joined = key
         if key is None:
             key = with_committed(layout, committed) if committed else layout
-        masks = attention_masks(self.family, self.config, layout, key, self.model.dtype)
+        masks: Any
+        if isinstance(key, PackedLayout) and self.config._attn_implementation in (FLEX, SEGMENTS):
+            masks = packed_masks(self.family, self.config, key, key.num_tokens - layout.num_tokens)
+        else:
+            masks = attention_masks(self.family, self.config, layout, key, self.model.dtype)
         if self.family.mixing != "attention":
             name, past = _convolution_past(self.family, self.config)
             assert isinstance(masks, dict)

@@ -26,8 +26,11 @@ from zconvert.errors import UserError
 from zconvert.recipe import TrainingRecipe
 from zconvert.tidar.generate import layout_model_of
 from zconvert.tidar.settings import TidarSettings
-from zconvert.training.objective import LossSums, Targets, expected_accepted, packed_losses
+from zconvert.training.implementations import checkpoint_activations
+from zconvert.training.objective import LossSums, Targets, expected_accepted, packed_losses, scored_tokens
+from zconvert.training.optimizer import make_optimizer, set_learning_rate
 from zconvert.training.schedule import learning_rate_factor
+from zconvert.training.slots import draw_slots
 from zconvert.training.state import load_latest, load_state, save_state
 
 METRICS_FILE = "metrics.jsonl"
@@ -92,15 +95,7 @@ class Trainer:
         self.on_progress = on_progress
         self.run_dir = Path(recipe.output_dir)
         self.step = 0
-        # Matrices are decayed; norms, biases and scales are not.
-        groups = [
-            {"params": [p for p in self.trained.parameters() if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-            {"params": [p for p in self.trained.parameters() if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        betas = (recipe.adam_beta1, recipe.adam_beta2)
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=recipe.learning_rate, betas=betas, eps=recipe.adam_epsilon, fused=True
-        )
+        self.optimizer = make_optimizer(self.trained.named_parameters(), recipe)
         self._offsets = torch.Generator().manual_seed(recipe.seed)
         self._window = self._new_window()
 
@@ -114,10 +109,8 @@ class Trainer:
         recipe = self.recipe
         self._resume()
         self.trained.train()  # a frozen source stays in evaluation mode: nothing of it is drawn at random
-        if self.gated is not None:
-            self.gated.gate.recompute = recipe.gradient_checkpointing
-        elif recipe.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if recipe.gradient_checkpointing:
+            checkpoint_activations(self.layout_model)
         with _signals() as received, self._metrics_file() as metrics_file:
             while self.step < recipe.max_steps:
                 self._train_step()
@@ -138,16 +131,17 @@ class Trainer:
         device = self.layout_model.device
         batches = [_to(self.rows.next_batch(), device) for _ in range(recipe.gradient_accumulation_steps)]
         # Counts of the whole step first: each micro-batch's sums are divided by them.
-        targets = [Targets.of(batch) for batch in batches]
+        places = [self._place_slots(batch) for batch in batches]
+        targets = [Targets.of(batch, slots) for batch, (_, slots) in zip(batches, places, strict=True)]
         ar_count = sum(int(t.ar.sum()) for t in targets)
         diffusion_count = sum(int(t.diffusion.sum()) for t in targets)
         if not diffusion_count:
             raise UserError(f"step {self.step + 1} has no scored token", fix="check the data's loss masks")
         window, alpha = self._window, self._alpha
         self.optimizer.zero_grad(set_to_none=True)
-        for batch in batches:
+        for batch, (offset, slots) in zip(batches, places, strict=True):
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
-                sums = self._losses(batch)
+                sums = self._losses(batch, offset, slots)
             loss = (alpha * sums.ar / max(1, ar_count) + sums.diffusion / diffusion_count) / (1 + alpha)
             if not math.isfinite(loss.item()):
                 raise UserError(
@@ -162,8 +156,7 @@ class Trainer:
             for total, new in ((window.slot_correct, sums.slot_correct), (window.slot_count, sums.slot_count)):
                 total[:] = [a + b for a, b in zip(total, new.tolist(), strict=True)]
         window.grad_norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), recipe.max_grad_norm).item()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
+        set_learning_rate(self.optimizer, self._learning_rate())
         self.optimizer.step()
         self.step += 1
         window.ar_count += ar_count
@@ -171,17 +164,25 @@ class Trainer:
         window.tokens += sum(batch.input_ids.numel() for batch in batches)
         window.seconds += time.perf_counter() - started
 
-    def _losses(self, batch: Batch) -> LossSums:
-        block_size = self.settings.block_size
+    def _place_slots(self, batch: Batch) -> tuple[torch.Tensor | int, torch.Tensor | None]:
+        """The phase of a batch's blocks, and which tokens have a mask slot; None: all."""
+        block_size, diffusion = self.settings.block_size, self.recipe.diffusion
         offset: torch.Tensor | int = 0
-        if self.recipe.diffusion.block_offset == "random":
+        if diffusion.block_offset == "random":
             offset = random_offsets(batch.document_ids, block_size, self._offsets)
+        if diffusion.diffusion_fraction == 1.0:
+            return offset, None
+        scored, fraction = scored_tokens(batch), diffusion.diffusion_fraction
+        return offset, draw_slots(batch.document_ids, scored, block_size, offset, fraction, self._offsets)
+
+    def _losses(self, batch: Batch, offset: torch.Tensor | int, slots: torch.Tensor | None) -> LossSums:
         return packed_losses(
             self.layout_model,
             batch,
             mask_token_id=self.settings.mask_token_id,
-            block_size=block_size,
+            block_size=self.settings.block_size,
             offset=offset,
+            slots=slots,
             objective=self.recipe.diffusion.objective or ("data" if self.gated is None else "forward_kl"),
             loss_chunk_size=self.recipe.loss_chunk_size,
         )
@@ -221,7 +222,7 @@ class Trainer:
             "loss_diffusion": diffusion,
             "slot_accuracy": accuracy,
             "expected_accepted": expected_accepted(accuracy),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
             "grad_norm": window.grad_norm,
             "tokens_per_second": window.tokens / window.seconds,
             "seconds": window.seconds,

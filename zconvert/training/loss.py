@@ -159,7 +159,7 @@ class _LinearLoss(torch.autograd.Function):
         # Sums over chunks are taken in float32, whatever the products are made in.
         of_hidden = torch.empty_like(hidden) if wants_hidden else None
         of_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        of_bias = torch.zeros_like(weight[:, 0], dtype=torch.float32) if wants_bias else None
+        of_bias = hidden.new_zeros(len(weight), dtype=torch.float32) if wants_bias else None
         buffer = hidden.new_empty((min(size, len(hidden)), len(weight)), dtype=dtype)
         total = hidden.new_zeros((), dtype=torch.float32)
         correct, start = [], 0

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zconvert.tidar.cache import CleanStates
-from zconvert.tidar.layout import PADDING, Layout, packed_layout
+from zconvert.tidar.layout import NO_SLOT, PADDING, PackedLayout, packed_layout
 from zconvert.tidar.model import LayoutModel
 from zconvert.training.loss import cross_entropy_sum, divergence_sum
 
@@ -44,15 +44,33 @@ class Targets:
     ar: Tensor
     """(R, T) bool: the token after this one is scored, and belongs to the same document"""
     diffusion: Tensor
-    """(R, T) bool: this token is scored"""
+    """(R, M) bool: the token of this mask slot is scored"""
 
     @classmethod
-    def of(cls, batch: Batch) -> Targets:
-        """Scored tokens of a batch: `loss_mask`, never padding, nothing across documents."""
-        scored = batch.loss_mask & (batch.document_ids != PADDING)
+    def of(cls, batch: Batch, slots: Tensor | None = None) -> Targets:
+        """Scored tokens of a batch: `loss_mask`, never padding, nothing across documents.
+
+        Args:
+            batch: of R rows of T tokens.
+            slots: (R, M), the tokens that have a mask slot; None for all, M = T.
+        """
+        scored = scored_tokens(batch)
         follows = torch.zeros_like(scored)
         follows[:, :-1] = scored[:, 1:] & (batch.document_ids[:, 1:] == batch.document_ids[:, :-1])
-        return cls(follows, scored)
+        return cls(follows, _at(scored, slots) if slots is None else _at(scored, slots) & (slots != NO_SLOT))
+
+
+def scored_tokens(batch: Batch) -> Tensor:
+    """(R, T) bool: the token counts as a target."""
+    return batch.loss_mask & (batch.document_ids != PADDING)
+
+
+def _at(values: Tensor, slots: Tensor | None) -> Tensor:
+    """(R, T, …) of the tokens -> (R, M, …) of the slots; anything where there is none."""
+    if slots is None:
+        return values
+    index = slots.clamp_min(0)
+    return values.gather(1, index.view(*index.shape, *[1] * (values.dim() - 2)).expand(-1, -1, *values.shape[2:]))
 
 
 def packed_losses(
@@ -62,10 +80,11 @@ def packed_losses(
     mask_token_id: int,
     block_size: int,
     offset: Tensor | int = 0,
+    slots: Tensor | None = None,
     objective: Literal["data", "forward_kl"] = "data",
     loss_chunk_size: int | None = None,
 ) -> LossSums:
-    """Runs packed rows of 2T tokens and sums both losses.
+    """Runs packed rows of T + M tokens and sums both losses.
 
     Args:
         model: see LayoutModel.
@@ -73,6 +92,7 @@ def packed_losses(
         mask_token_id: fills the mask half.
         block_size: B.
         offset: phase of the blocks; see `packed_layout`.
+        slots: (R, M), the tokens that have a mask slot (`draw_slots`); None for all.
         objective: of mask slots. data: cross-entropy with their own token. forward_kl: KL divergence of their
             distribution from the AR one of the same position, which is held fixed; the first token of a document,
             which AR does not predict, is learnt from the data.
@@ -82,16 +102,17 @@ def packed_losses(
         Sums, not means. With forward_kl a slot is right where its likeliest token is AR's.
     """
     ids, length = batch.input_ids, batch.input_ids.shape[1]
-    layout = packed_layout(batch.document_ids, block_size, offset)
-    clean, slots = hidden_halves(model, ids, layout, mask_token_id)
-    targets = Targets.of(batch)
+    layout = packed_layout(batch.document_ids, block_size, offset, slots)
+    slot_ids = _at(ids, slots)
+    clean, masked = hidden_halves(model, ids, torch.full_like(slot_ids, mask_token_id), layout)
+    targets = Targets.of(batch, slots)
     next_ids = F.pad(ids[:, 1:], (0, 1))
     ar, _ = cross_entropy_sum(model, clean[targets.ar], next_ids[targets.ar], loss_chunk_size)
-    slot_hidden, labels = slots[targets.diffusion], ids[targets.diffusion]
+    slot_hidden, labels = masked[targets.diffusion], slot_ids[targets.diffusion]
     if objective == "data":
         diffusion, correct = cross_entropy_sum(model, slot_hidden, labels, loss_chunk_size)
     else:
-        before = F.pad(clean[:, :-1].detach(), (0, 0, 1, 0))[targets.diffusion]
+        before = _at(F.pad(clean[:, :-1].detach(), (0, 0, 1, 0)), slots)[targets.diffusion]
         starts = (layout.position_ids[:, length:] == 0)[targets.diffusion]
         diffusion, correct = divergence_sum(model, slot_hidden, before, labels, starts, loss_chunk_size)
     places = (layout.position_ids - layout.clean_limit)[:, length:][targets.diffusion]
@@ -103,7 +124,7 @@ def packed_losses(
     )
 
 
-def hidden_halves(model: LayoutModel, ids: Tensor, layout: Layout, mask_token_id: int) -> tuple[Tensor, Tensor]:
+def hidden_halves(model: LayoutModel, ids: Tensor, masked_ids: Tensor, layout: PackedLayout) -> tuple[Tensor, Tensor]:
     """Hidden states of the clean and of the mask half of packed rows.
 
     With gated weights the clean half is the frozen source: its keys and values are constants of the mask half, so that
@@ -112,21 +133,20 @@ def hidden_halves(model: LayoutModel, ids: Tensor, layout: Layout, mask_token_id
     Args:
         model: see LayoutModel.
         ids: (R, T) int64.
-        layout: of the packed rows, (R, 2T).
-        mask_token_id: fills the mask half.
+        masked_ids: (R, M), the mask token everywhere.
+        layout: of the packed rows, (R, T + M).
 
     Returns:
-        (R, T, hidden) each, after the final norm.
+        (R, T, hidden) and (R, M, hidden), after the final norm.
     """
-    length, masked = ids.shape[1], torch.full_like(ids, mask_token_id)
     if model.gated is None:
-        hidden = model.hidden_states(torch.cat([ids, masked], dim=1), layout)
-        return hidden[:, :length], hidden[:, length:]
-    states = CleanStates()
+        hidden = model.hidden_states(torch.cat([ids, masked_ids], dim=1), layout)
+        return hidden[:, : ids.shape[1]], hidden[:, ids.shape[1] :]
+    states, (clean_layout, slot_layout) = CleanStates(), layout.halves()
     with torch.no_grad():
-        clean = model.hidden_states(ids, layout.columns(0, length), states)
+        clean = model.hidden_states(ids, clean_layout, states)
     states.complete()
-    return clean, model.hidden_states(masked, layout.columns(length, 2 * length), states, layout)
+    return clean, model.hidden_states(masked_ids, slot_layout, states, layout)
 
 
 def expected_accepted(slot_accuracy: list[float]) -> float:

@@ -18,6 +18,7 @@ from zconvert.data.self_generated import Writer
 from zconvert.errors import UserError
 from zconvert.recipe import TrainingRecipe, dump_recipe
 from zconvert.tidar.settings import TidarSettings
+from zconvert.training.implementations import choose_implementations
 from zconvert.training.loop import OnProgress, Progress, Trainer
 from zconvert.training.quantised import pack
 
@@ -58,8 +59,6 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
         _require_gated(source, settings)
         model, tokenizer = load_model(source, device="cpu")
         on_progress(Progress(message=str(pack(model, recipe.quantization, torch.device(device)))))
-    if recipe.experts_implementation is not None:
-        _choose_experts(model, recipe.experts_implementation)
     model.config.use_cache = False
     rows_in_embedding = model.get_input_embeddings().weight.shape[0]
     _write_recipe(run_dir, recipe)
@@ -81,6 +80,8 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
         pad_token_id=tokenizer.pad_token_id or 0,
     )
     trainer = Trainer(model, rows, recipe, settings, on_progress)
+    for line in choose_implementations(trainer.layout_model, recipe, torch.device(device)):
+        on_progress(Progress(message=line))
     trainer.run()
     on_progress(Progress(message=f"writing {final}"))
     trained = dataclasses.replace(
@@ -118,15 +119,6 @@ def _require_gated(source: Source, settings: TidarSettings) -> None:
             expected="a gated checkpoint, whose source is frozen",
             fix="quantization: null, or convert the source with --mode gated",
         )
-
-
-def _choose_experts(model: Any, wanted: str) -> None:
-    try:
-        model.set_experts_implementation(wanted)
-    except ValueError as error:
-        raise UserError(
-            f"experts_implementation {wanted} does not work with this model", found=error, fix="leave it out, or eager"
-        ) from error
 
 
 def _write_recipe(run_dir: Path, recipe: TrainingRecipe) -> None:

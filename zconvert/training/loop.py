@@ -27,6 +27,7 @@ from zconvert.recipe import TrainingRecipe
 from zconvert.tidar.generate import layout_model_of
 from zconvert.tidar.settings import TidarSettings
 from zconvert.training.objective import LossSums, Targets, expected_accepted, packed_losses
+from zconvert.training.observers import Observer
 from zconvert.training.schedule import learning_rate_factor
 from zconvert.training.state import load_latest, load_state, save_state
 
@@ -101,6 +102,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             groups, lr=recipe.learning_rate, betas=betas, eps=recipe.adam_epsilon, fused=True
         )
+        self.observers: list[Observer] = []
+        """look on, in this order; filled before `run`"""
         self._offsets = torch.Generator().manual_seed(recipe.seed)
         self._window = self._new_window()
 
@@ -120,9 +123,10 @@ class Trainer:
             while self.step < recipe.max_steps:
                 self._train_step()
                 stopping = received[0] if received else None
-                last = self.step == recipe.max_steps
-                if self.step % recipe.logging_steps == 0 or last:
-                    metrics = self._take_metrics()
+                last = self.is_last
+                told = self._tell_observers()
+                if self.logs_now or told:
+                    metrics = {**self._take_metrics(), **told}
                     with writing(self.run_dir / METRICS_FILE):
                         metrics_file.write((json.dumps(metrics) + "\n").encode())
                     self.on_progress(Progress(metrics=metrics))
@@ -130,6 +134,22 @@ class Trainer:
                     save_state(self.run_dir, self.step, self._state(), recipe.save_total_limit)
                 if stopping is not None and not last:
                     raise Interrupted(stopping, self.step)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the step just done was the run's last."""
+        return self.step == self.recipe.max_steps
+
+    @property
+    def logs_now(self) -> bool:
+        """Whether the step just done gets a row of metrics."""
+        return self.step % self.recipe.logging_steps == 0 or self.is_last
+
+    def _tell_observers(self) -> dict[str, Any]:
+        told: dict[str, Any] = {}
+        for observer in self.observers:
+            told |= observer.on_step(self) or {}
+        return told
 
     def _train_step(self) -> None:
         recipe, started = self.recipe, time.perf_counter()
@@ -147,6 +167,10 @@ class Trainer:
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
                 sums = self._losses(batch)
             loss = (alpha * sums.ar / max(1, ar_count) + sums.diffusion / diffusion_count) / (1 + alpha)
+            for observer in self.observers:
+                extra = observer.extra_loss()
+                if extra is not None:
+                    loss = loss + extra / recipe.gradient_accumulation_steps
             if not math.isfinite(loss.item()):
                 raise UserError(
                     f"the loss is {loss.item()} at step {self.step + 1}",
@@ -235,6 +259,7 @@ class Trainer:
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "window": vars(self._window),
+            "observers": [observer.state_dict() for observer in self.observers],
         }
 
     def _resume(self) -> None:
@@ -256,6 +281,8 @@ class Trainer:
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         self.step = state["step"]
         self._window = _Window(**state["window"])
+        for observer, observed in zip(self.observers, state["observers"], strict=True):
+            observer.load_state_dict(observed)
         self.on_progress(Progress(message=f"continuing after step {self.step}"))
 
     @contextmanager

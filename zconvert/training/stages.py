@@ -17,6 +17,7 @@ from zconvert.data.packing import PackedRows
 from zconvert.errors import UserError
 from zconvert.recipe import TrainingRecipe, dump_recipe
 from zconvert.training.loop import OnProgress, Progress, Trainer
+from zconvert.training.watching import observers_of
 
 
 def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
@@ -63,6 +64,7 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
     )
     _write_recipe(run_dir, recipe)
     trainer = Trainer(model, rows, recipe, settings, on_progress)
+    trainer.observers += observers_of(trainer, tokenizer)
     trainer.run()
     on_progress(Progress(message=f"writing {final}"))
     trained = dataclasses.replace(

@@ -39,6 +39,10 @@ class Batch:
     document_ids: Tensor
     loss_mask: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        return Batch(self.input_ids.to(device), self.document_ids.to(device), self.loss_mask.to(device))
+
 
 @dataclass(frozen=True)
 class _Piece:

@@ -154,17 +154,17 @@ class Trainer:
     def _train_step(self) -> None:
         recipe, started = self.recipe, time.perf_counter()
         device = self.layout_model.device
-        batches = [_to(self.rows.next_batch(), device) for _ in range(recipe.gradient_accumulation_steps)]
+        batches = [self.rows.next_batch().to(device) for _ in range(recipe.gradient_accumulation_steps)]
         # Counts of the whole step first: each micro-batch's sums are divided by them.
         targets = [Targets.of(batch) for batch in batches]
         ar_count = sum(int(t.ar.sum()) for t in targets)
         diffusion_count = sum(int(t.diffusion.sum()) for t in targets)
         if not diffusion_count:
             raise UserError(f"step {self.step + 1} has no scored token", fix="check the data's loss masks")
-        window, alpha = self._window, self._alpha
+        window, alpha = self._window, self.alpha
         self.optimizer.zero_grad(set_to_none=True)
         for batch in batches:
-            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
+            with self.autocast():
                 sums = self._losses(batch)
             loss = (alpha * sums.ar / max(1, ar_count) + sums.diffusion / diffusion_count) / (1 + alpha)
             for observer in self.observers:
@@ -194,22 +194,29 @@ class Trainer:
         window.seconds += time.perf_counter() - started
 
     def _losses(self, batch: Batch) -> LossSums:
-        block_size = self.settings.block_size
         offset: torch.Tensor | int = 0
         if self.recipe.diffusion.block_offset == "random":
-            offset = random_offsets(batch.document_ids, block_size, self._offsets)
+            offset = random_offsets(batch.document_ids, self.settings.block_size, self._offsets)
+        return self.losses_of(batch, offset)
+
+    def losses_of(self, batch: Batch, offset: torch.Tensor | int = 0) -> LossSums:
+        """Both losses of a batch on the model's device, as this run trains on them."""
         return packed_losses(
             self.layout_model,
             batch,
             mask_token_id=self.settings.mask_token_id,
-            block_size=block_size,
+            block_size=self.settings.block_size,
             offset=offset,
             objective=self.recipe.diffusion.objective or ("data" if self.gated is None else "forward_kl"),
             loss_chunk_size=self.recipe.loss_chunk_size,
         )
 
+    def autocast(self) -> torch.autocast:
+        """The number format of the recipe's forwards."""
+        return torch.autocast(self.layout_model.device.type, torch.bfloat16, enabled=self.recipe.dtype == "bfloat16")
+
     @property
-    def _alpha(self) -> float:
+    def alpha(self) -> float:
         """Weight of the AR loss: a frozen source has nothing to learn from it."""
         return self.recipe.diffusion.alpha if self.gated is None else 0.0
 
@@ -233,7 +240,7 @@ class Trainer:
         window, self._window = self._window, self._new_window()
         ar = window.ar / max(1, window.ar_count)
         diffusion = window.diffusion / window.diffusion_count
-        alpha = self._alpha
+        alpha = self.alpha
         accuracy = [c / n if n else 0.0 for c, n in zip(window.slot_correct, window.slot_count, strict=True)]
         return {
             "step": self.step,
@@ -313,10 +320,6 @@ def random_offsets(document_ids: torch.Tensor, block_size: int, generator: torch
     rows = document_ids.shape[0]
     drawn = torch.randint(block_size, (rows, len(documents)), generator=generator).to(document_ids.device)
     return drawn.gather(1, place)
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return Batch(batch.input_ids.to(device), batch.document_ids.to(device), batch.loss_mask.to(device))
 
 
 @contextmanager

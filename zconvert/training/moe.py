@@ -15,6 +15,7 @@ from zconvert.recipe.watching import MoeSection
 from zconvert.tidar.layout import Layout, packed_layout
 from zconvert.tidar.model import LayoutModel
 from zconvert.training.balancing import DEFAULT_RATE, BiasBalancer
+from zconvert.training.evaluating import evaluating
 from zconvert.training.observers import Observer, is_main_process, summed, write_json
 from zconvert.training.routing import (
     KINDS,
@@ -133,12 +134,11 @@ class MoeObserver(Observer):
 
     def _choices(self) -> list[Tensor]:
         """What every router chooses for the clean tokens of the probe, padding included."""
-        was_training = self.model.model.training
-        self.model.model.eval()  # some routers draw at random in training
-        layout = clean_half(packed_layout(self.probe.document_ids.to(self.model.device), 2))
-        with self.watch.choices() as chosen, torch.no_grad():
-            self.model.hidden_states(self.probe.input_ids.to(self.model.device), layout)
-        self.model.model.train(was_training)
+        probe = self.probe.to(self.model.device)
+        layout = clean_half(packed_layout(probe.document_ids, 2))
+        # In evaluation mode: some routers draw at random in training.
+        with evaluating(self.model), self.watch.choices() as chosen, torch.no_grad():
+            self.model.hidden_states(probe.input_ids, layout)
         return chosen
 
     def _what_is_on(self, trained: bool) -> Sequence[str]:

@@ -50,7 +50,8 @@ class Router:
             output: of the module.
             top_k: the config's; routers that give no indices choose so many of the largest logits.
         """
-        logits = self.logits(output)
+        # Detached: what autograd saves here it would miss when checkpointing recomputes the layer.
+        logits = self.logits(output).detach()
         if self.skips:  # ZAYA writes expert 0 where the class that skips was chosen
             assert self.bias is not None
             scores = logits.softmax(-1).float() + self.bias
@@ -66,11 +67,12 @@ def routers_of(decoder: Any) -> list[Router]:
     recorded: Any = (getattr(decoder, "_can_record_outputs", None) or {}).get("router_logits")
     records = recorded if isinstance(recorded, list | tuple) else [recorded]
     found = []
-    for name, module in decoder.named_modules():
+    modules: list[tuple[str, Any]] = list(decoder.named_modules())
+    for name, module in modules:
         for record in records:
             kind = getattr(record, "target_class", record)
             # JetMoe also records its attention, which holds a router that is found by itself.
-            if isinstance(kind, type) and isinstance(module, kind) and "Attention" not in kind.__name__:
+            if isinstance(kind, type) and issubclass(type(module), kind) and "Attention" not in kind.__name__:
                 skips = int(hasattr(module, "balancing_biases"))
                 found.append(Router(name, module, getattr(record, "index", 0), _bias_of(module), skips))
     return found

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from zconvert.checkpoint.load import end_token_ids
+from zconvert.data.documents import load_documents
 from zconvert.data.packing import Batch, PackedRows
+from zconvert.training.evaluating import Evaluator, held_out_prompts, held_out_rows
 from zconvert.training.loop import Progress, Trainer
 from zconvert.training.moe import MoeObserver
 from zconvert.training.observers import Observer
@@ -26,7 +29,28 @@ def observers_of(trainer: Trainer, tokenizer: Any) -> list[Observer]:
     observers: list[Observer] = []
     if routers_of(model.decoder):
         observers.append(MoeObserver(model, recipe.moe, _probe(trainer), say))
+    if recipe.evaluation.datasets:
+        observers.append(_evaluator(trainer, tokenizer))
     return observers
+
+
+def _evaluator(trainer: Trainer, tokenizer: Any) -> Evaluator:
+    section, model = trainer.recipe.evaluation, trainer.model
+    rows_in_embedding = model.get_input_embeddings().weight.shape[0]
+    documents = load_documents(section.datasets, tokenizer, vocabulary_rows=rows_in_embedding)
+    return Evaluator(
+        held_out_rows(
+            documents,
+            rows=section.rows,
+            sequence_len=trainer.recipe.sequence_len,
+            rows_per_batch=trainer.recipe.micro_batch_size,
+            pad=tokenizer.pad_token_id or 0,
+        ),
+        held_out_prompts(documents, prompts=section.prompts, prompt_tokens=section.prompt_tokens),
+        steps=section.steps,
+        new_tokens=section.new_tokens,
+        eos_token_ids=end_token_ids(model, tokenizer),
+    )
 
 
 def _probe(trainer: Trainer) -> Batch:

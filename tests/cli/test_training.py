@@ -32,7 +32,7 @@ def test_the_display_shows_all_measurements_within_80_columns() -> None:
         "90000/100000",
         "15.55 tokens/forward",
         "12.3% drift",
-        "clean 91% even 1 dead  mask 20% even 100 dead",
+        "clean 91%, 1 dead; mask 20%, 100 dead",
     ):
         assert part in text
     assert "…\n" not in text

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from zconvert import __version__
-from zconvert.cli import bench, convert_init, export, generate, inspect, midtrain, ui
+from zconvert.cli import bench, convert_init, export, extend_context, generate, inspect, midtrain, ui
 
 app = typer.Typer(
     name="zconvert",
@@ -40,6 +40,9 @@ app.command(
 )(ui.handled(convert_init.command))
 app.command("midtrain", epilog=_examples("zconvert midtrain recipes/quickstart/midtrain.yaml"))(
     ui.handled(midtrain.command)
+)
+app.command("extend-context", epilog=_examples("zconvert extend-context recipes/quickstart/extend-context.yaml"))(
+    ui.handled(extend_context.command)
 )
 app.command(
     "generate",

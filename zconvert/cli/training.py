@@ -79,7 +79,7 @@ def _view(metrics: dict[str, Any], left: float) -> Table:
         grid.add_row("held out", f"{found['loss']:.4f}", losses, _decoded(found))
         grid.add_row("", "", _slots(found["slot_accuracy"]), f"{found['expected_accepted']:.2f} accepted")
     if "moe" in metrics:
-        grid.add_row("experts", "", _experts(metrics["moe"]), _drift(metrics["moe"]))
+        grid.add_row("experts", "even to", _experts(metrics["moe"]), _drift(metrics["moe"]))
     return grid
 
 
@@ -100,7 +100,7 @@ def _decoded(found: dict[str, Any]) -> str:
 def _experts(moe: dict[str, Any]) -> str:
     """The worst router of each kind of tokens: entropy of its load against an even one, and experts nobody chose."""
     kinds = [(kind, moe[kind]) for kind in ("clean", "mask") if kind in moe]
-    return "  ".join(f"{kind} {min(of['entropy']):.0%} even {sum(of['dead'])} dead" for kind, of in kinds)
+    return "; ".join(f"{kind} {min(of['entropy']):.0%}, {sum(of['dead'])} dead" for kind, of in kinds)
 
 
 def _drift(moe: dict[str, Any]) -> str:
@@ -115,7 +115,7 @@ def _line(metrics: dict[str, Any], left: float) -> str:
         f"accepted {metrics['expected_accepted']:.2f}"
     ]
     if "moe" in metrics:
-        parts.append(f"experts {_experts(metrics['moe'])} {_drift(metrics['moe'])}".rstrip())
+        parts.append(f"experts even to {_experts(metrics['moe'])} {_drift(metrics['moe'])}".rstrip())
     if "evaluation" in metrics:
         found = metrics["evaluation"]
         losses = f"ar {found['loss_ar']:.4f} diff {found['loss_diffusion']:.4f}"

@@ -7,6 +7,7 @@ Paths in a recipe are relative to the folder where the command runs.
 
 from zconvert.recipe.convert_init import ConvertInitRecipe
 from zconvert.recipe.data import DatasetRecipe
+from zconvert.recipe.extend_context import ExtendContextRecipe
 from zconvert.recipe.loading import dump_recipe, load_recipe
 from zconvert.recipe.sections import Recipe
 from zconvert.recipe.training import MidtrainRecipe, TrainingRecipe
@@ -14,6 +15,7 @@ from zconvert.recipe.training import MidtrainRecipe, TrainingRecipe
 __all__ = [
     "ConvertInitRecipe",
     "DatasetRecipe",
+    "ExtendContextRecipe",
     "MidtrainRecipe",
     "Recipe",
     "TrainingRecipe",

@@ -12,12 +12,13 @@ from pydantic import BaseModel, ValidationError
 
 from zconvert.errors import UserError
 from zconvert.recipe.convert_init import ConvertInitRecipe
+from zconvert.recipe.extend_context import ExtendContextRecipe
 from zconvert.recipe.sections import Recipe
 from zconvert.recipe.training import MidtrainRecipe
 from zconvert.recipe.yaml_text import KeyPath, Problem, dotted, read_yaml, write_yaml
 
 _MAX_RECIPE_BYTES = 1_000_000
-_RECIPES: tuple[type[Recipe], ...] = (ConvertInitRecipe, MidtrainRecipe)
+_RECIPES: tuple[type[Recipe], ...] = (ConvertInitRecipe, MidtrainRecipe, ExtendContextRecipe)
 
 RecipeT = TypeVar("RecipeT", bound=Recipe)
 

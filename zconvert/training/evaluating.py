@@ -58,7 +58,7 @@ class Evaluator(Observer):
             `tokens_per_forward` from decoding greedily, the prefill left out.
         """
         with evaluating(trainer.layout_model):
-            found = self._losses(trainer)
+            found = {"step": trainer.step, **self._losses(trainer)}
             if self.prompts:
                 plan = DecodePlan.tidar(trainer.settings, Sampling(0.0), self.eos_token_ids)
                 found["tokens_per_forward"] = tokens_per_forward(

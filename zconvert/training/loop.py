@@ -66,6 +66,8 @@ class _Window:
     grad_norm: float = 0.0
     slot_correct: list[int] = field(default_factory=list)
     slot_count: list[int] = field(default_factory=list)
+    extras: dict[str, Any] = field(default_factory=dict)
+    """what observers said last"""
 
 
 class Trainer:
@@ -92,6 +94,8 @@ class Trainer:
             model.requires_grad_(False)
         self.on_progress = on_progress
         self.run_dir = Path(recipe.output_dir)
+        self.observers: list[Observer] = []
+        """asked after each step, in this order"""
         self.step = 0
         # Matrices are decayed; norms, biases and scales are not.
         groups = [
@@ -102,8 +106,6 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             groups, lr=recipe.learning_rate, betas=betas, eps=recipe.adam_epsilon, fused=True
         )
-        self.observers: list[Observer] = []
-        """look on, in this order; filled before `run`"""
         self._offsets = torch.Generator().manual_seed(recipe.seed)
         self._window = self._new_window()
 
@@ -122,11 +124,12 @@ class Trainer:
         with _signals() as received, self._metrics_file() as metrics_file:
             while self.step < recipe.max_steps:
                 self._train_step()
+                for observer in self.observers:
+                    self._window.extras |= observer.on_step(self) or {}
                 stopping = received[0] if received else None
                 last = self.is_last
-                told = self._tell_observers()
-                if self.logs_now or told:
-                    metrics = {**self._take_metrics(), **told}
+                if self.logs_now:
+                    metrics = self._take_metrics()
                     with writing(self.run_dir / METRICS_FILE):
                         metrics_file.write((json.dumps(metrics) + "\n").encode())
                     self.on_progress(Progress(metrics=metrics))
@@ -144,12 +147,6 @@ class Trainer:
     def logs_now(self) -> bool:
         """Whether the step just done gets a row of metrics."""
         return self.step % self.recipe.logging_steps == 0 or self.is_last
-
-    def _tell_observers(self) -> dict[str, Any]:
-        told: dict[str, Any] = {}
-        for observer in self.observers:
-            told |= observer.on_step(self) or {}
-        return told
 
     def _train_step(self) -> None:
         recipe, started = self.recipe, time.perf_counter()
@@ -254,6 +251,7 @@ class Trainer:
             "grad_norm": window.grad_norm,
             "tokens_per_second": window.tokens / window.seconds,
             "seconds": window.seconds,
+            **window.extras,
         }
 
     def _state(self) -> dict[str, Any]:

@@ -61,6 +61,7 @@ class MoeObserver(Observer):
         self._base_choices = self._choices() if trained and section.probe_steps else None
         self._counts: list[Tensor] = []
         self._aux = [0.0, 0.0]  # sum, forwards
+        self._drift: dict[str, Any] = {}
         self._warned = False
         for line in self._what_is_on(trained):
             on_message(line)
@@ -79,8 +80,10 @@ class MoeObserver(Observer):
         if self.balancer is not None:
             self.balancer.step(counts)
         self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)] if self._counts else counts
-        due = self._base_choices is not None and (trainer.step % self.section.probe_steps == 0 or trainer.is_last)
-        if not (trainer.logs_now or due):
+        if self._base_choices is not None and (trainer.step % self.section.probe_steps == 0 or trainer.is_last):
+            changed = changed_share(self._base_choices, self._choices())
+            self._drift = {"drift": sum(changed) / len(changed), "drift_by_router": [round(x, 6) for x in changed]}
+        if not trainer.logs_now:
             return None
         told: dict[str, Any] = {}
         loads = {"step": trainer.step, "routers": [router.name for router in self.watch.routers]}
@@ -91,26 +94,22 @@ class MoeObserver(Observer):
                 loads[kind] = state.load
         if self._aux[1]:
             told["aux_loss"] = self._aux[0] / self._aux[1]
-        if due:
-            assert self._base_choices is not None
-            changed = changed_share(self._base_choices, self._choices())
-            told["drift"] = sum(changed) / len(changed)
-            told["drift_by_router"] = [round(share, 6) for share in changed]
+        told |= self._drift
         self._warn(told, trainer.step)
-        self._counts, self._aux = [], [0.0, 0.0]
+        self._counts, self._aux, self._drift = [], [0.0, 0.0], {}
         if is_main_process():
             write_json(trainer.run_dir / ROUTING_FILE, loads)
         return {"moe": told}
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts since the last row of metrics."""
-        return {"counts": self._counts, "aux": self._aux, "warned": self._warned}
+        """What was seen since the last row of metrics."""
+        return {"counts": self._counts, "aux": self._aux, "drift": self._drift, "warned": self._warned}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes the counts back."""
+        """Takes it back."""
         device = self.model.device
         self._counts = [c.to(device) for c in state["counts"]]
-        self._aux, self._warned = list(state["aux"]), state["warned"]
+        self._aux, self._drift, self._warned = list(state["aux"]), dict(state["drift"]), state["warned"]
 
     def _warn(self, told: dict[str, Any], step: int) -> None:
         """Once, until the mask slots have spread again."""

@@ -23,10 +23,10 @@ class Observer:
         return None
 
     def on_step(self, trainer: Trainer) -> dict[str, Any] | None:
-        """After each optimizer step; what is returned goes into the row of metrics, which this step then gets.
+        """Called after each step, in every process; what it returns goes into the next row of metrics.
 
         Args:
-            trainer: `trainer.step` is the number of steps done, `trainer.logs_now` whether this step has a row anyway.
+            trainer: `trainer.step` is the number of steps done, `trainer.logs_now` whether this step has a row.
         """
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from zconvert.checkpoint.folder import writing
 from zconvert.checkpoint.load import load_model
 from zconvert.checkpoint.source import require_converted, resolve
 from zconvert.checkpoint.weights import save_gated, save_trained
-from zconvert.data.documents import load_documents
+from zconvert.data.documents import Documents, load_documents
 from zconvert.data.packing import PackedRows
 from zconvert.errors import UserError
-from zconvert.recipe import TrainingRecipe, dump_recipe
+from zconvert.recipe import ExtendContextRecipe, TrainingRecipe, dump_recipe
+from zconvert.tidar.model import LayoutModel
+from zconvert.training.context import ContextExtension
 from zconvert.training.loop import OnProgress, Progress, Trainer
 from zconvert.training.watching import observers_of
 
@@ -47,6 +50,11 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
         torch.set_num_threads(recipe.num_threads)
     torch.manual_seed(recipe.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    extension = None
+    if isinstance(recipe, ExtendContextRecipe):
+        extension = ContextExtension(source, settings, recipe.context, run_dir)
+        _report_before(extension, recipe, device, on_progress)
+        source = extension.source()
     model, tokenizer = load_model(source, dtype="float32", device=device)
     if recipe.experts_implementation is not None:
         _choose_experts(model, recipe.experts_implementation)
@@ -54,6 +62,8 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
     rows_in_embedding = model.get_input_embeddings().weight.shape[0]
     on_progress(Progress(message=f"reading {', '.join(dataset.path for dataset in recipe.datasets)}"))
     documents = load_documents(recipe.datasets, tokenizer, vocabulary_rows=rows_in_embedding)
+    if extension is not None:
+        documents = extension.choose(documents, recipe.seed)
     rows = PackedRows(
         documents,
         sequence_len=recipe.sequence_len,
@@ -66,6 +76,8 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
     trainer = Trainer(model, rows, recipe, settings, on_progress)
     trainer.observers += observers_of(trainer, tokenizer)
     trainer.run()
+    if extension is not None:
+        extension.report_after(trainer.layout_model, _measured_documents(recipe, tokenizer))
     on_progress(Progress(message=f"writing {final}"))
     trained = dataclasses.replace(
         settings, block_offset=recipe.diffusion.block_offset, stages=(*settings.stages, recipe.stage)
@@ -74,7 +86,24 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
         save_gated(trainer.gated, source.folder, final, settings=trained)
     else:
         save_trained(model, source.folder, final, settings=trained, dtype=recipe.save_dtype)
+    if extension is not None:
+        extension.close()
     return final
+
+
+def _report_before(extension: ContextExtension, recipe: TrainingRecipe, device: str, on_progress: OnProgress) -> None:
+    """Measures base_model as it is, with its old positions."""
+    on_progress(Progress(message=f"config.json changes: {json.dumps(extension.changes)}"))
+    model, tokenizer = load_model(extension.original, dtype="float32", device=device)
+    measured_on = ", ".join(dataset.path for dataset in recipe.evaluation.datasets or recipe.datasets)
+    documents = _measured_documents(recipe, tokenizer)
+    _write_recipe(Path(recipe.output_dir), recipe)
+    extension.report_before(lambda: LayoutModel(model), documents, measured_on)
+
+
+def _measured_documents(recipe: TrainingRecipe, tokenizer: Any) -> Documents:
+    """Held-out documents where there are some, else those that are trained on."""
+    return load_documents(recipe.evaluation.datasets or recipe.datasets, tokenizer)
 
 
 def _choose_experts(model: Any, wanted: str) -> None:

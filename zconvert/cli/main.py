@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from zconvert import __version__
-from zconvert.cli import bench, convert_init, export, extend_context, generate, inspect, midtrain, ui
+from zconvert.cli import bench, convert_init, export, extend_context, generate, inspect, midtrain, recipes, run, ui
 
 app = typer.Typer(
     name="zconvert",
@@ -55,6 +55,11 @@ app.command("bench", epilog=_examples("zconvert bench ./my-run", "zconvert bench
     ui.handled(bench.command)
 )
 app.command("export", epilog=_examples("zconvert export ./my-run --out ./my-tidar-model"))(ui.handled(export.command))
+app.command(
+    "run",
+    epilog=_examples("zconvert run recipes/quickstart/pipeline.yaml", "zconvert run pipeline.yaml --dry-run"),
+)(ui.handled(run.command))
+app.add_typer(recipes.app, name="recipes")
 
 
 def _show_version(wanted: bool) -> None:

@@ -147,7 +147,7 @@ def prefer_long(documents: Documents, longer_than: int, share: float, seed: int)
     stays = long.clone()
     stays[short[lengths[short].cumsum(0) <= room]] = True
     of_token = stays.repeat_interleave(lengths)
-    return Documents(documents.ids[of_token], documents.loss_mask[of_token], lengths[stays].cumsum(0), documents.empty)
+    return Documents(documents.ids[of_token], documents.loss_mask[of_token], lengths[stays].cumsum(0))
 
 
 @torch.inference_mode()

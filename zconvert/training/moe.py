@@ -103,12 +103,17 @@ class MoeObserver(Observer):
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen since the last row of metrics."""
-        return {"counts": self._counts, "aux": self._aux, "drift": self._drift, "warned": self._warned}
+        return {
+            "counts": [c.tolist() for c in self._counts],
+            "aux": self._aux,
+            "drift": self._drift,
+            "warned": self._warned,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes it back."""
         device = self.model.device
-        self._counts = [c.to(device) for c in state["counts"]]
+        self._counts = [torch.tensor(c, device=device) for c in state["counts"]]
         self._aux, self._drift, self._warned = list(state["aux"]), dict(state["drift"]), state["warned"]
 
     def _warn(self, told: dict[str, Any], step: int) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from zconvert.checkpoint.load import end_token_ids
 from zconvert.data.documents import load_documents
-from zconvert.data.packing import Batch, PackedRows
+from zconvert.data.packing import Batch
 from zconvert.training.evaluating import Evaluator, held_out_prompts, held_out_rows
 from zconvert.training.loop import Progress, Trainer
 from zconvert.training.moe import MoeObserver
@@ -54,13 +54,8 @@ def _evaluator(trainer: Trainer, tokenizer: Any) -> Evaluator:
 
 
 def _probe(trainer: Trainer) -> Batch:
-    """The first rows of the run's data, whatever the run has read of it."""
-    rows = trainer.rows
-    return PackedRows(
-        rows.documents,
-        sequence_len=rows.sequence_len,
-        rows=rows.rows,
-        seed=rows.seed,
-        sample_packing=rows.sample_packing,
-        pad_token_id=rows.pad_token_id,
-    ).next_batch()
+    """The run's first rows, which it reads again."""
+    start = trainer.rows.state_dict()
+    batch = trainer.rows.next_batch()
+    trainer.rows.load_state_dict(start)
+    return batch

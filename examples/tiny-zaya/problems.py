@@ -109,16 +109,19 @@ def main() -> None:
     """Writes problems as JSONL rows with `text`, `prompt` and `answer`."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--split", choices=["train", "held_out"], required=True)
-    parser.add_argument("--count", type=int, required=True, help="number of problems")
+    parser.add_argument("--count", type=int, required=True, help="number of documents")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--per-document", type=int, default=1, help="problems in a row, under one `text`")
     parser.add_argument("--out", type=Path, required=True, help="JSONL file to write")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     stream = problems(args.split, args.seed)
     with args.out.open("w") as file:
         for _ in range(args.count):
-            p = next(stream)
-            file.write(json.dumps({"text": p.text, "prompt": p.prompt, "answer": p.answer}) + "\n")
+            several = [next(stream) for _ in range(args.per_document)]
+            text, last = "\n".join(p.text for p in several), several[-1]
+            prompt = text.removesuffix(last.solution)
+            file.write(json.dumps({"text": text, "prompt": prompt, "answer": last.answer}) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from zconvert.recipe import ExtendContextRecipe, TrainingRecipe, dump_recipe
 from zconvert.tidar.model import LayoutModel
 from zconvert.training.context import ContextExtension
 from zconvert.training.loop import OnProgress, Progress, Trainer
+from zconvert.training.trackers import Trackers
 from zconvert.training.watching import observers_of
 
 
@@ -44,6 +45,7 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
             f"{final} exists already: this run is complete",
             fix="choose another output_dir, or remove that folder to train anew or further",
         )
+    trackers = Trackers(recipe)
     source = resolve(recipe.base_model, revision=recipe.revision)
     settings = require_converted(source)
     if recipe.num_threads is not None:
@@ -73,9 +75,18 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
         pad_token_id=tokenizer.pad_token_id or 0,
     )
     _write_recipe(run_dir, recipe)
-    trainer = Trainer(model, rows, recipe, settings, on_progress)
+
+    def tell(progress: Progress) -> None:
+        if progress.metrics is not None:
+            trackers.log(progress.metrics)
+        on_progress(progress)
+
+    trainer = Trainer(model, rows, recipe, settings, tell)
     trainer.observers += observers_of(trainer, tokenizer)
-    trainer.run()
+    try:
+        trainer.run()
+    finally:
+        trackers.finish()
     if extension is not None:
         extension.report_after(trainer.layout_model, _measured_documents(recipe, tokenizer))
     on_progress(Progress(message=f"writing {final}"))

@@ -7,7 +7,19 @@ from typing import Annotated
 import typer
 
 from zconvert import __version__
-from zconvert.cli import bench, convert_init, export, extend_context, generate, inspect, midtrain, recipes, run, ui
+from zconvert.cli import (
+    bench,
+    convert_init,
+    export,
+    extend_context,
+    generate,
+    inspect,
+    midtrain,
+    recipes,
+    report,
+    run,
+    ui,
+)
 
 app = typer.Typer(
     name="zconvert",
@@ -59,6 +71,9 @@ app.command(
     "run",
     epilog=_examples("zconvert run recipes/quickstart/pipeline.yaml", "zconvert run pipeline.yaml --dry-run"),
 )(ui.handled(run.command))
+app.command("report", epilog=_examples("zconvert report ./my-run", "zconvert report ./my-run --out ./page"))(
+    ui.handled(report.command)
+)
 app.add_typer(recipes.app, name="recipes")
 
 

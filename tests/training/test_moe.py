@@ -23,6 +23,7 @@ from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.settings import GatedParts
 from zconvert.training import stages
 from zconvert.training.balancing import BiasBalancer
+from zconvert.training.loop import Progress
 from zconvert.training.moe import ROUTING_FILE, clean_half
 from zconvert.training.objective import packed_losses
 from zconvert.training.routing import RouterWatch, changed_share, has_aux_loss, health, load_balancing_loss, routers_of
@@ -243,3 +244,21 @@ def test_the_aux_loss_moves_the_weights(tmp_path: Path) -> None:
     with_it, _ = train({**shared, "moe": {"aux_loss_coef": 10.0}, "output_dir": str(tmp_path / "b")})
     a, b = (load_file(folder / "model.safetensors") for folder in (without, with_it))
     assert any(not torch.equal(a[name], b[name]) for name in a if ".gate." in name)
+
+
+def test_what_was_counted_before_a_stop_is_told_by_the_run_that_goes_on(tmp_path: Path) -> None:
+    settings = make_run(tmp_path, "mixtral", max_steps=8, logging_steps=3, save_steps=4, moe={"probe_steps": 4})
+    train({**settings, "output_dir": str(tmp_path / "whole")})
+
+    class PowerCut(Exception):
+        pass
+
+    def cut(progress: Progress) -> None:
+        if progress.metrics is not None and progress.metrics["step"] == 6:
+            raise PowerCut
+
+    with pytest.raises(PowerCut):
+        stages.train(MidtrainRecipe(**settings), cut)
+    train(settings)
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
+    assert "drift" in metrics_of(tmp_path / "run")[1]["moe"]

@@ -24,8 +24,8 @@ from zconvert.cli import (
 app = typer.Typer(
     name="zconvert",
     help="Turn an autoregressive Mixture-of-Experts checkpoint into a block-diffusion model, the TiDAR way.",
-    epilog="One after another: inspect → convert-init → midtrain → bench → generate → export. "
-    "Recipes to copy are in recipes/.",
+    epilog="One after another: inspect → convert-init → midtrain → bench → generate → export; or by one file: run. "
+    "Recipes to copy: zconvert recipes list.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -74,7 +74,11 @@ app.command(
 app.command("report", epilog=_examples("zconvert report ./my-run", "zconvert report ./my-run --out ./page"))(
     ui.handled(report.command)
 )
-app.add_typer(recipes.app, name="recipes")
+app.add_typer(
+    recipes.app,
+    name="recipes",
+    epilog=_examples("zconvert recipes list", "zconvert recipes copy zaya1-8b ./my-recipes"),
+)
 
 
 def _show_version(wanted: bool) -> None:

@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--split", choices=["train", "held_out"], required=True)
     parser.add_argument("--count", type=int, required=True, help="number of rows")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--per-document", type=int, default=1, help="problems in a row, under one `text`")
     parser.add_argument("--out", type=Path, required=True, help="JSONL file to write")
     parser.add_argument("--chat", action="store_true", help="write conversations")
     args = parser.parse_args()
@@ -139,8 +140,9 @@ def main() -> None:
             if args.chat:
                 row: dict[str, object] = {**conversation(stream, rng)}
             else:
-                p = next(stream)
-                row = {"text": p.text, "prompt": p.prompt, "answer": p.answer}
+                several = [next(stream) for _ in range(args.per_document)]
+                text, last = "\n".join(p.text for p in several), several[-1]
+                row = {"text": text, "prompt": text.removesuffix(last.solution), "answer": last.answer}
             file.write(json.dumps(row) + "\n")
 
 

@@ -71,6 +71,9 @@ def make_config(model_type: str, *, tied: bool | None = None) -> PretrainedConfi
         own = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
     elif model_type == "mixtral":
         own = {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}
+    elif model_type == "gpt_oss":
+        own = {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}
+        own |= {"layer_types": ["sliding_attention", "full_attention"], "rope_parameters": {"rope_theta": 10_000.0}}
     else:
         raise ValueError(f"no tiny {model_type}")
     return AutoConfig.for_model(model_type, **common, **own)
@@ -90,7 +93,7 @@ def make_checkpoint(
 
     Args:
         folder: where to write; must not exist.
-        model_type: zaya, qwen3_moe or mixtral.
+        model_type: zaya, qwen3_moe, mixtral or gpt_oss.
         tied: whether input and output embeddings are one; None for the family's default.
         spare_rows: embedding rows beyond the tokenizer's entries.
         mask_token: whether the tokenizer has a `<mask>` already (id 4).

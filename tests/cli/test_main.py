@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("inspect", "convert-init", "midtrain", "sft", "generate", "bench", "export")
+COMMANDS = (
+    *("inspect", "convert-init", "midtrain", "extend-context", "sft", "generate", "bench", "export", "run", "report"),
+    "recipes",
+)
 
 # A command of its own for each way in which one can end, under the same frame as the real ones.
 ENDINGS = """

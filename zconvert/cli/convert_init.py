@@ -17,7 +17,8 @@ from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, MAX_BLOCK_SIZE, GatedPar
 
 if TYPE_CHECKING:
     from zconvert.checkpoint.graft import Report
-    from zconvert.checkpoint.plan import Plan
+    from zconvert.checkpoint.plan import Choices, Plan
+    from zconvert.recipe import ConvertInitRecipe
 
 _RECIPE_SUFFIXES = (".yaml", ".yml")
 _BESIDE_A_RECIPE = ("checkpoint", "token", "copy", "verify", "dry_run", "as_json")
@@ -90,27 +91,70 @@ def command(
     No model is built: bytes and JSON are patched, so that the result is as the source in everything else. Weight files
     that do not change are linked, not copied.
     """
-    wanted: str | int | None = int(mask_token) if mask_token is not None and mask_token.isdecimal() else mask_token
     counts = options.accepted_counts(proposals, block_size)
-    name, parts = checkpoint, GatedParts()
     if checkpoint.endswith(_RECIPE_SUFFIXES):
         _refuse_options_beside_a_recipe(context)
         from zconvert.recipe import ConvertInitRecipe, load_recipe
 
         recipe = load_recipe(Path(checkpoint), ConvertInitRecipe)
-        name, revision, output, seed = recipe.base_model, recipe.revision, Path(recipe.output_dir), recipe.seed
-        block_size, wanted = recipe.diffusion.block_size, recipe.diffusion.mask_token
-        mode, parts = Mode(recipe.diffusion.mode), GatedParts(**recipe.diffusion.gated.model_dump())
-        mask_init = recipe.diffusion.mask_init
-        counts = None if recipe.diffusion.proposals is None else tuple(recipe.diffusion.proposals)
+        checkpoint, revision, output = recipe.base_model, recipe.revision, Path(recipe.output_dir)
+        choices = choices_of(recipe)
+    else:
+        from zconvert.checkpoint.plan import Choices
+
+        wanted: str | int | None = int(mask_token) if mask_token is not None and mask_token.isdecimal() else mask_token
+        choices = Choices(block_size, wanted, mask_init, seed, counts, GatedParts() if mode is Mode.GATED else None)
     if output is None:
         raise typer.BadParameter("missing, say which folder to write", param_hint="--out")
+    plan = _plan(checkpoint, output, choices, copy=copy, dry_run=dry_run, revision=revision, token=token)
+    if dry_run:
+        if as_json:
+            print_json({**plan.to_dict(), "dry_run": True})
+        else:
+            _show_plan(plan)
+        return
+    report = _carry_out(plan, verify)
+    if as_json:
+        print_json({**report.to_dict(), "dry_run": False})
+    else:
+        _show(report)
+
+
+def run_recipe(recipe: ConvertInitRecipe) -> None:
+    """Converts by a recipe, with progress on stderr."""
+    output = Path(recipe.output_dir)
+    _carry_out(_plan(recipe.base_model, output, choices_of(recipe), revision=recipe.revision), Verify.AUTO)
+
+
+def choices_of(recipe: ConvertInitRecipe) -> Choices:
+    """What a recipe decides."""
+    from zconvert.checkpoint.plan import Choices
+
+    diffusion = recipe.diffusion
+    return Choices(
+        diffusion.block_size,
+        diffusion.mask_token,
+        diffusion.mask_init,
+        recipe.seed,
+        None if diffusion.proposals is None else tuple(diffusion.proposals),
+        GatedParts(**diffusion.gated.model_dump()) if diffusion.mode == "gated" else None,
+    )
+
+
+def _plan(
+    name: str,
+    output: Path,
+    choices: Choices,
+    *,
+    copy: bool = False,
+    dry_run: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Plan:
     from zconvert.checkpoint.folder import refuse_existing
-    from zconvert.checkpoint.graft import carry_out
-    from zconvert.checkpoint.plan import Choices, plan_conversion
+    from zconvert.checkpoint.plan import plan_conversion
     from zconvert.checkpoint.verdict import require_convertible
 
-    choices = Choices(block_size, wanted, mask_init, seed, counts, parts if mode is Mode.GATED else None)
     refuse_existing(output)  # before anything is fetched, and so are checkpoints that cannot be converted
     with err.status(Text(f"Reading {name} …")) as status:
         source = resolve(
@@ -119,17 +163,16 @@ def command(
             token=token,
             weights=not dry_run,
             on_progress=lambda done, total: status.update(Text(f"Fetching {name}: {size(done)} of {size(total)} …")),
-            accept=lambda config, headers: require_convertible(name, config, headers, gated=mode is Mode.GATED),
+            accept=lambda config, headers: require_convertible(name, config, headers, gated=choices.gated is not None),
         )
-        plan = plan_conversion(source, output, choices, copy=copy)
-        if not dry_run:
-            report = carry_out(plan, level=verify.value, on_step=lambda step: status.update(Text(f"{step} …")))
-    if as_json:
-        print_json({**(plan if dry_run else report).to_dict(), "dry_run": dry_run})
-    elif dry_run:
-        _show_plan(plan)
-    else:
-        _show(report)
+        return plan_conversion(source, output, choices, copy=copy)
+
+
+def _carry_out(plan: Plan, verify: Verify) -> Report:
+    from zconvert.checkpoint.graft import carry_out
+
+    with err.status(Text(f"Writing {plan.out} …")) as status:
+        return carry_out(plan, level=verify.value, on_step=lambda step: status.update(Text(f"{step} …")))
 
 
 def _show_plan(plan: Plan) -> None:

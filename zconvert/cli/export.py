@@ -31,25 +31,15 @@ def command(
     token: options.Token = None,
 ) -> None:
     """Write a folder to hand on: weights, tokenizer, model card, and the code for decoding with trust_remote_code."""
-    from zconvert.checkpoint.export import export
     from zconvert.checkpoint.json_patch import parse_json_object, read_json_text
 
     if merge and results is not None:
         raise typer.BadParameter("the source gets no card: leave it out with --merge-to-ar", param_hint="--results")
-    source = resolve(checkpoint, revision=revision, token=token)
     if merge:
-        _merge(source, output, as_json)
+        _merge(resolve(checkpoint, revision=revision, token=token), output, as_json)
         return
-    recipe = source.folder.parent / RUN_RECIPE if source.folder.name == RUN_CHECKPOINT else None
     measured = None if results is None else parse_json_object(read_json_text(results), str(results))
-    with err.status(Text(f"Exporting {checkpoint} …")) as status:
-        report = export(
-            source,
-            output,
-            recipe_text=read_json_text(recipe) if recipe is not None and recipe.is_file() else None,
-            results=measured,
-            on_shard=lambda name, n, count: status.update(Text(f"Copying {name} ({n} of {count}) …")),
-        )
+    report = export_shown(checkpoint, output, results=measured, revision=revision, token=token)
     if as_json:
         print_json(report)
     else:
@@ -73,6 +63,30 @@ def _merge(source: Source, output: Path, as_json: bool) -> None:
     out.print(Text(f"Wrote {report['out']}, which is {report['base_model'] or 'the source'} again"), soft_wrap=True)
     verified = f"{hashed} by their sha256, {len(files) - hashed} by their size"
     out.print(facts([("files", f"{len(files)}, {size(sum(file['bytes'] for file in files))}"), ("verified", verified)]))
+
+
+def export_shown(
+    checkpoint: str,
+    output: Path,
+    *,
+    results: dict[str, Any] | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> dict[str, Any]:
+    """Exports with progress on stderr; returns what was written."""
+    from zconvert.checkpoint.export import export
+    from zconvert.checkpoint.json_patch import read_json_text
+
+    source = resolve(checkpoint, revision=revision, token=token)
+    recipe = source.folder.parent / RUN_RECIPE if source.folder.name == RUN_CHECKPOINT else None
+    with err.status(Text(f"Exporting {checkpoint} …")) as status:
+        return export(
+            source,
+            output,
+            recipe_text=read_json_text(recipe) if recipe is not None and recipe.is_file() else None,
+            results=results,
+            on_shard=lambda name, n, count: status.update(Text(f"Copying {name} ({n} of {count}) …")),
+        )
 
 
 def _show(report: dict[str, Any]) -> None:

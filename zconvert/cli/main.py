@@ -7,13 +7,26 @@ from typing import Annotated
 import typer
 
 from zconvert import __version__
-from zconvert.cli import bench, convert_init, export, generate, inspect, midtrain, sft, ui
+from zconvert.cli import (
+    bench,
+    convert_init,
+    export,
+    extend_context,
+    generate,
+    inspect,
+    midtrain,
+    recipes,
+    report,
+    run,
+    sft,
+    ui,
+)
 
 app = typer.Typer(
     name="zconvert",
     help="Turn an autoregressive Mixture-of-Experts checkpoint into a block-diffusion model, the TiDAR way.",
-    epilog="One after another: inspect → convert-init → midtrain → sft → bench → generate → export. "
-    "Recipes to copy are in recipes/.",
+    epilog="One after another: inspect → convert-init → midtrain → extend-context → sft → bench → generate → export; "
+    "or by one file: run. Recipes to copy: zconvert recipes list.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -41,6 +54,9 @@ app.command(
 app.command("midtrain", epilog=_examples("zconvert midtrain recipes/quickstart/midtrain.yaml"))(
     ui.handled(midtrain.command)
 )
+app.command("extend-context", epilog=_examples("zconvert extend-context recipes/quickstart/extend-context.yaml"))(
+    ui.handled(extend_context.command)
+)
 app.command(
     "sft",
     epilog=_examples(
@@ -58,6 +74,18 @@ app.command("bench", epilog=_examples("zconvert bench ./my-run", "zconvert bench
     ui.handled(bench.command)
 )
 app.command("export", epilog=_examples("zconvert export ./my-run --out ./my-tidar-model"))(ui.handled(export.command))
+app.command(
+    "run",
+    epilog=_examples("zconvert run recipes/quickstart/pipeline.yaml", "zconvert run pipeline.yaml --dry-run"),
+)(ui.handled(run.command))
+app.command("report", epilog=_examples("zconvert report ./my-run", "zconvert report ./my-run --out ./page"))(
+    ui.handled(report.command)
+)
+app.add_typer(
+    recipes.app,
+    name="recipes",
+    epilog=_examples("zconvert recipes list", "zconvert recipes copy zaya1-8b ./my-recipes"),
+)
 
 
 def _show_version(wanted: bool) -> None:

@@ -21,11 +21,17 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="Recipe 
 
 def run(settings: TrainingRecipe) -> None:
     """Runs the stage of a recipe, and prints the new checkpoint's folder."""
+    out.print(Text(str(run_shown(settings))), soft_wrap=True)
+
+
+def run_shown(settings: TrainingRecipe) -> Path:
+    """Runs the stage of a recipe with its progress on stderr; the new checkpoint's folder."""
     from zconvert.training.loop import Interrupted, Progress
     from zconvert.training.stages import train
 
     started = time.monotonic()
     first_step: list[int] = []
+    newest: dict[str, Any] = {}
 
     # Into a file goes one line for each report instead of a display that redraws itself.
     with Live(console=err, refresh_per_second=4, transient=not err.is_terminal) as live:
@@ -38,25 +44,25 @@ def run(settings: TrainingRecipe) -> None:
                 return
             if not first_step:
                 first_step.append(metrics["step"] - settings.logging_steps)
+            newest.update(metrics)  # what is measured now and then stays in view
             done = max(1, metrics["step"] - first_step[0])
             left = (time.monotonic() - started) / done * (metrics["max_steps"] - metrics["step"])
             if live.console.is_terminal:
-                live.update(_view(metrics, left))
+                live.update(_view(newest, left))
             else:
                 live.console.print(_line(metrics, left), soft_wrap=True)
 
         try:
-            folder = train(settings, show)
+            return train(settings, show)
         except Interrupted as stop:
             live.console.print(Text(str(stop)))
             raise typer.Exit(128 + stop.signal_number) from None
         except KeyboardInterrupt:
             raise typer.Exit(128 + signal.SIGINT) from None
-    out.print(Text(str(folder)), soft_wrap=True)
 
 
 def _view(metrics: dict[str, Any], left: float) -> Table:
-    """Progress bar, the losses, and the accuracy of each slot of a block."""
+    """Progress bar, the losses, the accuracy of each slot of a block, and what else was measured; 80 columns."""
     grid = Table.grid(padding=(0, 1))
     bar = ProgressBar(total=metrics["max_steps"], completed=metrics["step"], width=30)
     grid.add_row("step", f"{metrics['step']}/{metrics['max_steps']}", bar, f"{_duration(left)} left")
@@ -66,22 +72,55 @@ def _view(metrics: dict[str, Any], left: float) -> Table:
         f"AR {metrics['loss_ar']:.4f}  diffusion {metrics['loss_diffusion']:.4f}",
         f"{metrics['tokens_per_second']:,.0f} tokens/s",
     )
-    slots = Text()
-    for accuracy in metrics["slot_accuracy"]:
-        slots.append(" ▁▂▃▄▅▆▇█"[min(8, round(accuracy * 8))], style="green" if accuracy > 0.8 else "yellow")
-    first, last = metrics["slot_accuracy"][0], metrics["slot_accuracy"][-1]
-    slots.append(f" {first:.0%} … {last:.0%}")
-    grid.add_row("slots", "", slots, f"{metrics['expected_accepted']:.2f} accepted")
+    grid.add_row("slots", "", _slots(metrics["slot_accuracy"]), f"{metrics['expected_accepted']:.2f} accepted")
+    if "evaluation" in metrics:
+        found = metrics["evaluation"]
+        losses = f"AR {found['loss_ar']:.4f}  diffusion {found['loss_diffusion']:.4f}"
+        grid.add_row("held out", f"{found['loss']:.4f}", losses, _decoded(found))
+        grid.add_row("", "", _slots(found["slot_accuracy"]), f"{found['expected_accepted']:.2f} accepted")
+    if "moe" in metrics:
+        grid.add_row("experts", "even to", _experts(metrics["moe"]), _drift(metrics["moe"]))
     return grid
+
+
+def _slots(accuracies: list[float]) -> Text:
+    """A bar for each slot, as wide as 16 of them at most."""
+    shown = Text()
+    for accuracy in accuracies[:: -(-len(accuracies) // 16)]:
+        shown.append(" ▁▂▃▄▅▆▇█"[min(8, round(accuracy * 8))], style="green" if accuracy > 0.8 else "yellow")
+    shown.append(f" {accuracies[0]:.0%} … {accuracies[-1]:.0%}")
+    return shown
+
+
+def _decoded(found: dict[str, Any]) -> str:
+    measured = found.get("tokens_per_forward")
+    return "" if measured is None else f"{measured:.2f} tokens/forward"
+
+
+def _experts(moe: dict[str, Any]) -> str:
+    """The worst router of each kind of tokens: entropy of its load against an even one, and experts nobody chose."""
+    kinds = [(kind, moe[kind]) for kind in ("clean", "mask") if kind in moe]
+    return "; ".join(f"{kind} {min(of['entropy']):.0%}, {sum(of['dead'])} dead" for kind, of in kinds)
+
+
+def _drift(moe: dict[str, Any]) -> str:
+    return f"{moe['drift']:.1%} drift" if "drift" in moe else ""
 
 
 def _line(metrics: dict[str, Any], left: float) -> str:
     """The same in one line, for logs."""
-    return (
+    parts = [
         f"step {metrics['step']}/{metrics['max_steps']} loss {metrics['loss']:.4f} "
         f"ar {metrics['loss_ar']:.4f} diff {metrics['loss_diffusion']:.4f} "
-        f"accepted {metrics['expected_accepted']:.2f} {_duration(left)} left"
-    )
+        f"accepted {metrics['expected_accepted']:.2f}"
+    ]
+    if "moe" in metrics:
+        parts.append(f"experts even to {_experts(metrics['moe'])} {_drift(metrics['moe'])}".rstrip())
+    if "evaluation" in metrics:
+        found = metrics["evaluation"]
+        losses = f"ar {found['loss_ar']:.4f} diff {found['loss_diffusion']:.4f}"
+        parts.append(f"held out {losses} accepted {found['expected_accepted']:.2f} {_decoded(found)}".rstrip())
+    return " | ".join([*parts, f"{_duration(left)} left"])
 
 
 def _duration(seconds: float) -> str:

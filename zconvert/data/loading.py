@@ -67,6 +67,7 @@ def load_stream(
     *,
     vocabulary_rows: int | None = None,
     writer: Writer | None = None,
+    choose: Callable[[Documents], Documents] | None = None,
     on_message: OnMessage | None = None,
 ) -> DocumentStream:
     """The documents that a stage trains on, in their order.
@@ -78,6 +79,7 @@ def load_stream(
         tokenizer: a transformers tokenizer.
         vocabulary_rows: see `load_documents`.
         writer: the checkpoint, for self-generated data.
+        choose: takes some documents of a dataset; streams are read whole.
         on_message: is told what is done.
 
     Raises:
@@ -96,7 +98,7 @@ def load_stream(
         else:
             documents, highest = _prepared(rules[number], workers, number, prepared, on_message)
         check_ids(highest, vocabulary_rows)
-        return documents
+        return documents if choose is None else choose(documents)
 
     def streamed(number: int, seed: int | str) -> DocumentStream:
         dataset = recipe.datasets[number]

@@ -39,6 +39,10 @@ class Batch:
     document_ids: Tensor
     loss_mask: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        return Batch(self.input_ids.to(device), self.document_ids.to(device), self.loss_mask.to(device))
+
 
 class _Packer:
     """First fit: a piece goes to the oldest open row with room; where none has and all are open, the oldest leaves."""

@@ -7,18 +7,25 @@ Paths in a recipe are relative to the folder where the command runs.
 
 from zconvert.recipe.convert_init import ConvertInitRecipe
 from zconvert.recipe.data import DatasetRecipe, SelfGeneratedRecipe
-from zconvert.recipe.loading import dump_recipe, load_recipe
+from zconvert.recipe.extend_context import ExtendContextRecipe
+from zconvert.recipe.loading import BY_STAGE, dump_recipe, load_pipeline, load_recipe
+from zconvert.recipe.pipeline import ExportRecipe, PipelineRecipe
 from zconvert.recipe.sections import Recipe
 from zconvert.recipe.training import MidtrainRecipe, SftRecipe, TrainingRecipe
 
 __all__ = [
+    "BY_STAGE",
     "ConvertInitRecipe",
     "DatasetRecipe",
+    "ExportRecipe",
+    "ExtendContextRecipe",
     "MidtrainRecipe",
+    "PipelineRecipe",
     "Recipe",
     "SelfGeneratedRecipe",
     "SftRecipe",
     "TrainingRecipe",
     "dump_recipe",
+    "load_pipeline",
     "load_recipe",
 ]

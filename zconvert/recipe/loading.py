@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,14 +13,18 @@ from pydantic import BaseModel, ValidationError
 
 from zconvert.errors import UserError
 from zconvert.recipe.convert_init import ConvertInitRecipe
-from zconvert.recipe.sections import Recipe
+from zconvert.recipe.extend_context import ExtendContextRecipe
+from zconvert.recipe.pipeline import PipelineRecipe
+from zconvert.recipe.sections import Recipe, RecipeFile
 from zconvert.recipe.training import MidtrainRecipe, SftRecipe
 from zconvert.recipe.yaml_text import KeyPath, Problem, dotted, read_yaml, write_yaml
 
 _MAX_RECIPE_BYTES = 1_000_000
-_RECIPES: tuple[type[Recipe], ...] = (ConvertInitRecipe, MidtrainRecipe, SftRecipe)
+_RECIPES: tuple[type[Recipe], ...] = (ConvertInitRecipe, MidtrainRecipe, ExtendContextRecipe, SftRecipe)
+BY_STAGE = {kind.stage: kind for kind in _RECIPES}
+"""command -> its recipe"""
 
-RecipeT = TypeVar("RecipeT", bound=Recipe)
+RecipeT = TypeVar("RecipeT", bound=RecipeFile)
 
 
 def load_recipe(path: Path, model_class: type[RecipeT]) -> RecipeT:
@@ -46,6 +51,34 @@ def load_recipe(path: Path, model_class: type[RecipeT]) -> RecipeT:
             fix="correct these; recipes/ has a commented example of each stage",
         )
     return recipe
+
+
+def load_pipeline(path: Path) -> list[tuple[Path, Recipe]]:
+    """Reads a pipeline's file and the recipes that it names.
+
+    Args:
+        path: YAML file; the recipes' paths are relative to its folder.
+
+    Returns:
+        file and recipe of each stage, in order.
+
+    Raises:
+        UserError: a file is wrong, or a stage does not start from what the one before it writes.
+    """
+    pipeline = load_recipe(path, PipelineRecipe)
+    stages: list[tuple[Path, Recipe]] = []
+    for stage, name in pipeline.files().items():
+        file = path.parent / name
+        stages.append((file, load_recipe(file, BY_STAGE[stage])))
+    for (_, before), (file, after) in itertools.pairwise(stages):
+        if Path(after.base_model).expanduser() != Path(before.output_dir).expanduser():
+            raise UserError(
+                f"the stages of {path} do not go together: {file.name} does not start from what {before.stage} writes",
+                found=f"base_model: {after.base_model}",
+                expected=f"base_model: {before.output_dir}",
+                fix=f"correct base_model in {file}, or output_dir before it",
+            )
+    return stages
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -76,7 +109,7 @@ def _read_file(path: Path) -> tuple[dict[Any, Any], dict[KeyPath, int], list[Pro
         ) from None
 
 
-def _problems(error: ValidationError, model: type[Recipe], lines: dict[KeyPath, int]) -> Iterator[Problem]:
+def _problems(error: ValidationError, model: type[RecipeFile], lines: dict[KeyPath, int]) -> Iterator[Problem]:
     """One sentence for each item that pydantic found wrong; a value with several faults is named once."""
     seen: set[KeyPath] = set()
     for item in error.errors(include_url=False):
@@ -131,7 +164,7 @@ def _expected(item: Any, path: KeyPath) -> str:
     return words.get(item["type"], message.replace("Input should be", "expected", 1))
 
 
-def _suggestion(path: KeyPath, model: type[Recipe], lines: dict[KeyPath, int]) -> str:
+def _suggestion(path: KeyPath, model: type[RecipeFile], lines: dict[KeyPath, int]) -> str:
     name = str(path[-1])
     if name == "block_length" and (*path[:-1], "block_size") in lines:
         return " beside block_size, which says the same: keep block_size"
@@ -150,7 +183,7 @@ def _suggestion(path: KeyPath, model: type[Recipe], lines: dict[KeyPath, int]) -
     return f", did you mean {near[0]}?" if near else ""
 
 
-def _described(path: KeyPath, model: type[Recipe]) -> str:
+def _described(path: KeyPath, model: type[RecipeFile]) -> str:
     section = _section(model, path[:-1])
     field = section.model_fields.get(str(path[-1])) if section else None
     return f" ({field.description})" if field else ""

@@ -19,11 +19,15 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False)
 
 
-class Recipe(Section):
-    """What every stage's recipe has."""
+class RecipeFile(Section):
+    """A whole file."""
 
     stage: ClassVar[str]
-    """the command that takes it"""
+    """what it is a recipe of"""
+
+
+class Recipe(RecipeFile):
+    """What every stage's recipe has; `stage` is the command that takes it."""
 
     base_model: Text = Field(description="checkpoint to start from: a local folder, a run's folder or a Hub id")
     revision: Text | None = Field(None, description="Hub branch, tag or commit of base_model; null: its main branch")

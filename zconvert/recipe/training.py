@@ -8,6 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from zconvert.recipe.data import DatasetRecipe, check_mixture
 from zconvert.recipe.sections import Count, CountOrZero, Recipe, Section, Share, Text
+from zconvert.recipe.watching import EvaluationSection, MoeSection
 
 
 class TrainingDiffusion(Section):
@@ -103,6 +104,12 @@ class TrainingRecipe(Recipe):
         "auto", description="auto: go on from the newest train state in output_dir; never; or a train state's folder"
     )
     diffusion: TrainingDiffusion = Field(TrainingDiffusion(), description="the diffusion objective")
+    moe: MoeSection = Field(MoeSection(), description="routers and their balance")
+    evaluation: EvaluationSection = Field(EvaluationSection(), description="measurements on held-out documents")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        [],
+        description="experiment trackers that get the metrics too, each a package to install; metrics.jsonl is always",
+    )
 
     @field_validator("datasets")
     @classmethod

@@ -49,6 +49,8 @@ class LayoutModel:
             self._head, self._decoder = model.lm_head, decoder
         self.config = self._decoder.config
         self.gated: GatedWeights | None = None
+        self.layout: Layout | None = None
+        """of the newest forward: hooks on modules read it to tell clean tokens and mask slots apart"""
         graft(model, self.family)
 
     def add_gated(self, parts: GatedParts) -> GatedWeights:
@@ -78,6 +80,7 @@ class LayoutModel:
         Returns:
             (R, N, hidden) after the final norm.
         """
+        self.layout = layout
         committed = cache.committed if cache is not None else 0
         joined = key
         if key is None:
@@ -117,6 +120,11 @@ class LayoutModel:
             if not torch.is_grad_enabled():
                 self.release_gate()
         return outputs.last_hidden_state
+
+    @property
+    def decoder(self) -> Any:
+        """The stack of layers, without the head."""
+        return self._decoder
 
     def release_gate(self) -> None:
         """Makes the plain model the source again after a forward with gradients, which leaves the gate as it was."""

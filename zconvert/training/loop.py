@@ -28,6 +28,7 @@ from zconvert.tidar.generate import layout_model_of
 from zconvert.tidar.settings import TidarSettings
 from zconvert.training.implementations import checkpoint_activations
 from zconvert.training.objective import LossSums, Targets, expected_accepted, packed_losses, scored_tokens
+from zconvert.training.observers import Observer
 from zconvert.training.optimizer import make_optimizer, set_learning_rate
 from zconvert.training.schedule import learning_rate_factor
 from zconvert.training.slots import draw_slots
@@ -68,6 +69,8 @@ class _Window:
     grad_norm: float = 0.0
     slot_correct: list[int] = field(default_factory=list)
     slot_count: list[int] = field(default_factory=list)
+    extras: dict[str, Any] = field(default_factory=dict)
+    """what observers said last"""
 
 
 class Trainer:
@@ -94,6 +97,8 @@ class Trainer:
             model.requires_grad_(False)
         self.on_progress = on_progress
         self.run_dir = Path(recipe.output_dir)
+        self.observers: list[Observer] = []
+        """asked after each step, in this order"""
         self.step = 0
         self.optimizer = make_optimizer(self.trained.named_parameters(), recipe)
         self._offsets = torch.Generator().manual_seed(recipe.seed)
@@ -114,9 +119,11 @@ class Trainer:
         with _signals() as received, self._metrics_file() as metrics_file:
             while self.step < recipe.max_steps:
                 self._train_step()
+                for observer in self.observers:
+                    self._window.extras |= observer.on_step(self) or {}
                 stopping = received[0] if received else None
-                last = self.step == recipe.max_steps
-                if self.step % recipe.logging_steps == 0 or last:
+                last = self.is_last
+                if self.logs_now:
                     metrics = self._take_metrics()
                     with writing(self.run_dir / METRICS_FILE):
                         metrics_file.write((json.dumps(metrics) + "\n").encode())
@@ -126,10 +133,20 @@ class Trainer:
                 if stopping is not None and not last:
                     raise Interrupted(stopping, self.step)
 
+    @property
+    def is_last(self) -> bool:
+        """Whether the step just done was the run's last."""
+        return self.step == self.recipe.max_steps
+
+    @property
+    def logs_now(self) -> bool:
+        """Whether the step just done gets a row of metrics."""
+        return self.step % self.recipe.logging_steps == 0 or self.is_last
+
     def _train_step(self) -> None:
         recipe, started = self.recipe, time.perf_counter()
         device = self.layout_model.device
-        batches = [_to(self.rows.next_batch(), device) for _ in range(recipe.gradient_accumulation_steps)]
+        batches = [self.rows.next_batch().to(device) for _ in range(recipe.gradient_accumulation_steps)]
         # Counts of the whole step first: each micro-batch's sums are divided by them.
         places = [self._place_slots(batch) for batch in batches]
         targets = [Targets.of(batch, slots) for batch, (_, slots) in zip(batches, places, strict=True)]
@@ -137,12 +154,16 @@ class Trainer:
         diffusion_count = sum(int(t.diffusion.sum()) for t in targets)
         if not diffusion_count:
             raise UserError(f"step {self.step + 1} has no scored token", fix="check the data's loss masks")
-        window, alpha = self._window, self._alpha
+        window, alpha = self._window, self.alpha
         self.optimizer.zero_grad(set_to_none=True)
         for batch, (offset, slots) in zip(batches, places, strict=True):
-            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
-                sums = self._losses(batch, offset, slots)
+            with self.autocast():
+                sums = self.losses_of(batch, offset, slots)
             loss = (alpha * sums.ar / max(1, ar_count) + sums.diffusion / diffusion_count) / (1 + alpha)
+            for observer in self.observers:
+                extra = observer.extra_loss()
+                if extra is not None:
+                    loss = loss + extra / recipe.gradient_accumulation_steps
             if not math.isfinite(loss.item()):
                 raise UserError(
                     f"the loss is {loss.item()} at step {self.step + 1}",
@@ -175,7 +196,8 @@ class Trainer:
         scored, fraction = scored_tokens(batch), diffusion.diffusion_fraction
         return offset, draw_slots(batch.document_ids, scored, block_size, offset, fraction, self._offsets)
 
-    def _losses(self, batch: Batch, offset: torch.Tensor | int, slots: torch.Tensor | None) -> LossSums:
+    def losses_of(self, batch: Batch, offset: torch.Tensor | int = 0, slots: torch.Tensor | None = None) -> LossSums:
+        """Both losses of a batch on the model's device, as this run trains on them."""
         return packed_losses(
             self.layout_model,
             batch,
@@ -187,8 +209,12 @@ class Trainer:
             loss_chunk_size=self.recipe.loss_chunk_size,
         )
 
+    def autocast(self) -> torch.autocast:
+        """The number format of the recipe's forwards."""
+        return torch.autocast(self.layout_model.device.type, torch.bfloat16, enabled=self.recipe.dtype == "bfloat16")
+
     @property
-    def _alpha(self) -> float:
+    def alpha(self) -> float:
         """Weight of the AR loss: a frozen source has nothing to learn from it."""
         return self.recipe.diffusion.alpha if self.gated is None else 0.0
 
@@ -212,7 +238,7 @@ class Trainer:
         window, self._window = self._window, self._new_window()
         ar = window.ar / max(1, window.ar_count)
         diffusion = window.diffusion / window.diffusion_count
-        alpha = self._alpha
+        alpha = self.alpha
         accuracy = [c / n if n else 0.0 for c, n in zip(window.slot_correct, window.slot_count, strict=True)]
         return {
             "step": self.step,
@@ -226,6 +252,7 @@ class Trainer:
             "grad_norm": window.grad_norm,
             "tokens_per_second": window.tokens / window.seconds,
             "seconds": window.seconds,
+            **window.extras,
         }
 
     def _state(self) -> dict[str, Any]:
@@ -238,6 +265,7 @@ class Trainer:
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "window": vars(self._window),
+            "observers": [observer.state_dict() for observer in self.observers],
         }
 
     def _resume(self) -> None:
@@ -259,6 +287,8 @@ class Trainer:
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         self.step = state["step"]
         self._window = _Window(**state["window"])
+        for observer, observed in zip(self.observers, state["observers"], strict=True):
+            observer.load_state_dict(observed)
         self.on_progress(Progress(message=f"continuing after step {self.step}"))
 
     @contextmanager
@@ -289,10 +319,6 @@ def random_offsets(document_ids: torch.Tensor, block_size: int, generator: torch
     rows = document_ids.shape[0]
     drawn = torch.randint(block_size, (rows, len(documents)), generator=generator).to(document_ids.device)
     return drawn.gather(1, place)
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return Batch(batch.input_ids.to(device), batch.document_ids.to(device), batch.loss_mask.to(device))
 
 
 @contextmanager

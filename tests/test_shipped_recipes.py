@@ -1,0 +1,139 @@
+"""The recipes that are shipped: each is valid, goes through on a tiny model of its family, and is in the wheel."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from tests.checkpoint.tiny import make_checkpoint
+from zconvert.cli.main import app
+from zconvert.cli.recipes import folders
+from zconvert.recipe import BY_STAGE, ExtendContextRecipe, Recipe, load_pipeline, load_recipe
+from zconvert.recipe.pipeline import STAGES
+
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "recipes"
+FAMILY = {
+    **{"quickstart": "zaya", "quickstart-gated": "zaya", "zaya1-8b": "zaya"},
+    **{"qwen3-30b-a3b": "qwen3_moe", "mixtral-8x7b": "mixtral", "gpt-oss-20b": "gpt_oss"},
+}
+FILES = sorted(RECIPES.glob("*/*.yaml"))
+PIPELINES = [path for path in FILES if path.stem.startswith("pipeline")]
+
+
+def stage_of(path: Path) -> str:
+    return path.stem.removesuffix("-gated")
+
+
+def named(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+def test_every_folder_of_recipes_has_a_pipeline_and_a_family_here() -> None:
+    assert {folder.name for folder in folders()} == {path.parent.name for path in FILES} == set(FAMILY)
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_a_shipped_recipe_is_valid(path: Path) -> None:
+    if stage_of(path) == "pipeline":
+        load_pipeline(path)
+    else:
+        load_recipe(path, BY_STAGE[stage_of(path)])
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_a_shipped_recipe_names_its_own_command_and_folder(path: Path) -> None:
+    command = "run" if stage_of(path) == "pipeline" else stage_of(path)
+    assert f"#   zconvert {command} recipes/{path.parent.name}/{path.name}" in path.read_text()
+    assert all(len(line) <= 120 for line in path.read_text().splitlines())
+
+
+def made_small(path: Path, recipe: Recipe, folder: Path, base: str) -> dict[str, Any]:
+    """The recipe's own settings, its base, data and sizes swapped for tiny ones."""
+    settings = recipe.model_dump(mode="json")
+    settings |= {"base_model": base, "output_dir": str(folder / recipe.stage)}
+    if recipe.stage == "convert-init":
+        gated = settings["diffusion"].get("gated")
+        if gated:
+            gated |= {"rank": 2, "mlp_width": 8}
+        return settings
+    data = [{"path": str(folder / "data.jsonl")}]
+    settings |= {"datasets": data, "sequence_len": 64, "max_steps": 2, "warmup_steps": 0, "logging_steps": 1}
+    settings |= {"gradient_accumulation_steps": 1, "micro_batch_size": 1, "num_threads": 1}
+    if "evaluation" in settings:
+        settings["evaluation"] |= {"datasets": data, "rows": 1, "prompts": 1, "new_tokens": 4}
+    if isinstance(recipe, ExtendContextRecipe):
+        settings["context"] |= {"original_len": 32, "target_len": 64, "report_documents": 1}
+    return settings
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=named)
+def test_a_shipped_pipeline_goes_through_on_a_tiny_model_of_its_family(path: Path, tmp_path: Path) -> None:
+    family = FAMILY[path.parent.name]
+    base = str(make_checkpoint(tmp_path / "source", family, mask_token="<mask>" in recipe_text(path)))
+    text = "the cat sat on the mat and seven men sing to the old stone. "
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": text * n}) + "\n" for n in (1, 2, 4, 6)))
+    names: dict[str, Any] = yaml.safe_load(path.read_text())
+    recipes = dict(load_pipeline(path))
+    if (path.parent / "extend-context.yaml").exists() and "gated" not in path.stem:  # with it, named in there or not
+        longer = path.parent / "extend-context.yaml"
+        recipes[longer] = load_recipe(longer, ExtendContextRecipe)
+        names["extend-context"] = longer.name
+    for file, recipe in sorted(recipes.items(), key=lambda item: STAGES.index(item[1].stage)):
+        settings = made_small(file, recipe, tmp_path, base)
+        (tmp_path / file.name).write_text(json.dumps(settings))
+        base = settings["output_dir"]
+    names["export"]["output_dir"] = str(tmp_path / "exported")
+    (tmp_path / path.name).write_text(json.dumps(names))
+    result = CliRunner().invoke(app, ["run", str(tmp_path / path.name)])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "exported" / "custom_generate" / "generate.py").exists()
+    assert (tmp_path / "midtrain" / "metrics.jsonl").read_text().count("\n") == 2
+
+
+def recipe_text(pipeline: Path) -> str:
+    return "".join(path.read_text() for path in pipeline.parent.glob("convert-init*.yaml"))
+
+
+def test_recipes_are_listed_with_what_they_are_for() -> None:
+    result = CliRunner().invoke(app, ["recipes", "list"])
+    assert result.exit_code == 0
+    for name in FAMILY:
+        assert name in result.output
+    assert "30.5 B parameters" in result.output
+
+
+def test_copied_recipes_are_a_pipeline_of_their_own(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    result = CliRunner().invoke(app, ["recipes", "copy", "zaya1-8b", str(mine)])
+    assert result.exit_code == 0
+    assert {path.name for path in mine.iterdir()} == {path.name for path in (RECIPES / "zaya1-8b").iterdir()}
+    assert len(load_pipeline(mine / "pipeline.yaml")) == 2
+    assert CliRunner().invoke(app, ["recipes", "copy", "zaya1-8b", str(mine)]).exit_code == 1
+
+
+def test_a_name_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["recipes", "copy", "zaya", str(tmp_path / "x")])
+    assert result.exit_code == 1
+    assert "zaya1-8b" in result.output
+
+
+def test_the_wheel_holds_every_recipe(tmp_path: Path) -> None:
+    for name in ("zconvert", "recipes"):
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    build = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"zconvert/recipes/{path.parent.name}/{path.name}" for path in FILES} <= names

@@ -1,0 +1,46 @@
+"""`zconvert extend-context`: training on longer documents, with positions that reach further."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from zconvert.cli.training import RecipeFile, run_shown
+from zconvert.cli.ui import err, out
+from zconvert.recipe import ExtendContextRecipe, load_recipe
+
+
+def command(recipe: RecipeFile) -> None:
+    """Train on longer documents with positions that reach further; tells the loss by position before and after."""
+    settings = load_recipe(recipe, ExtendContextRecipe)
+    folder = run_shown(settings)
+    show_context(Path(settings.output_dir))
+    out.print(Text(str(folder)), soft_wrap=True)
+
+
+def show_context(run_dir: Path) -> None:
+    """Prints a run's losses by position on stderr."""
+    from zconvert.training.context import CONTEXT_FILE
+
+    err.print(_table(json.loads((run_dir / CONTEXT_FILE).read_text())))
+
+
+def _table(report: dict[str, Any]) -> Table:
+    table = Table(title=f"Loss by position, nats a token; trained before with {report['original_len']:,} positions")
+    table.add_column("positions", justify="right")
+    table.add_column("tokens", justify="right")
+    for kind in ("AR", "diffusion"):
+        table.add_column(f"{kind} before", justify="right")
+        table.add_column("after", justify="right")
+    for before, after in zip(report["before"], report["after"], strict=True):
+        losses = [_number(row[key]) for key in ("loss_ar", "loss_diffusion") for row in (before, after)]
+        table.add_row(f"{before['from']:,} – {before['to'] - 1:,}", f"{before['tokens']:,}", *losses)
+    return table
+
+
+def _number(loss: float | None) -> str:
+    return "–" if loss is None else f"{loss:.4f}"

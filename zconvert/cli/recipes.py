@@ -1,0 +1,59 @@
+"""`zconvert recipes`: the recipes that come with zconvert."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from zconvert.checkpoint.folder import copy, new_folder
+from zconvert.cli import ui
+from zconvert.errors import UserError
+
+FOLDER = Path(__file__).parent.parent / "recipes"
+
+app = typer.Typer(help="List the recipes that come with zconvert, or copy some to edit.", no_args_is_help=True)
+
+
+@app.command("list")
+@ui.handled
+def list_recipes() -> None:
+    """List the recipes, one folder a model."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("Name", no_wrap=True)
+    table.add_column("What")
+    for folder in folders():
+        files = ", ".join(path.stem for path in sorted(folder.glob("*.yaml")))
+        table.add_row(Text(folder.name, style="bold"), Text(f"{_about(folder)}\n{files}"))
+    ui.out.print(table)
+
+
+@app.command("copy")
+@ui.handled
+def copy_recipes(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="From `zconvert recipes list`.")],
+    folder: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="Folder to make. Default: ./NAME.")] = None,
+) -> None:
+    """Copy a model's recipes into a new folder, to be edited and run."""
+    found = {each.name: each for each in folders()}
+    if name not in found:
+        raise UserError(f"there are no recipes named {name}", expected=", ".join(found), fix="zconvert recipes list")
+    output = folder or Path(name)
+    with new_folder(output) as made:
+        for path in sorted(found[name].glob("*.yaml")):
+            copy(path, made / path.name)
+    ui.out.print(Text(str(output)), soft_wrap=True)
+    ui.err.print(Text(f"Next: edit them, then zconvert run {output / 'pipeline.yaml'}"), soft_wrap=True)
+
+
+def folders() -> list[Path]:
+    """The folders of recipes, by name."""
+    return sorted(path.parent for path in FOLDER.glob("*/pipeline.yaml"))
+
+
+def _about(folder: Path) -> str:
+    """The first line of the pipeline's comment."""
+    return (folder / "pipeline.yaml").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")

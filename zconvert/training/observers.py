@@ -1,0 +1,66 @@
+"""What may look on at a run, and add to its loss and metrics."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from zconvert.checkpoint.folder import writing
+
+if TYPE_CHECKING:
+    from zconvert.training.loop import Trainer
+
+
+class Observer:
+    """Base of what looks on at a run; each part does nothing until overridden."""
+
+    def extra_loss(self) -> Tensor | None:
+        """() a term to add to the loss of the forward that was just done, a mean; called once after each forward."""
+        return None
+
+    def on_step(self, trainer: Trainer) -> dict[str, Any] | None:
+        """Called after each step, in every process; what it returns goes into the next row of metrics.
+
+        Args:
+            trainer: `trainer.step` is the number of steps done, `trainer.logs_now` whether this step has a row.
+        """
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that continues needs: numbers, text, tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+
+
+def is_main_process() -> bool:
+    """Whether this process writes files: the only one, or the first."""
+    return not _distributed() or torch.distributed.get_rank() == 0
+
+
+def summed(counts: Tensor) -> Tensor:
+    """The tensor, in place, summed over all processes."""
+    if _distributed():
+        torch.distributed.all_reduce(counts)
+    return counts
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Writes a document under its name at once.
+
+    Raises:
+        UserError: the disk is full or not writable; what stood there is as it was.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with writing(path):
+        partial.write_text(json.dumps(document) + "\n")
+        partial.replace(path)
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

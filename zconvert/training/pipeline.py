@@ -1,0 +1,214 @@
+"""Stages one after another: what is complete and unchanged is skipped, what changed is told, never overwritten.
+
+Beside each stage's output stands what it was made from, `OUTPUT.inputs.json`: the recipe, and fingerprints of the base
+checkpoint and the data. A training stage that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import zconvert
+from zconvert.checkpoint.folder import writing
+from zconvert.checkpoint.source import RUN_CHECKPOINT, resolve
+from zconvert.errors import UserError
+from zconvert.recipe import Recipe
+
+_WHOLE = 256 * 1024 * 1024
+_PART = 64 * 1024
+_PARTS = 256
+_UNIMPORTANT = {
+    *("output_dir", "resume_from_checkpoint", "logging_steps", "save_steps", "save_total_limit", "num_threads"),
+    *("trackers", "evaluation", "save_minutes", "checkpoint_steps"),
+}
+"""settings that do not change what is written"""
+
+Status = Literal["complete", "begun", "missing"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a pipeline."""
+
+    name: str
+    base: str
+    """checkpoint to start from: folder or Hub id"""
+    revision: str | None
+    output: Path
+    settings: dict[str, Any]
+    """of its recipe"""
+    run: Callable[[], None]
+
+    @property
+    def status(self) -> Status:
+        """complete, begun (a training run without its checkpoint yet) or missing."""
+        trains = "max_steps" in self.settings
+        if (self.output / RUN_CHECKPOINT).exists() if trains else self.output.exists():
+            return "complete"
+        return "begun" if self.output.exists() else "missing"
+
+    @property
+    def record(self) -> Path:
+        """Where it is kept what the output was made from."""
+        return self.output.with_name(f"{self.output.name}.inputs.json")
+
+
+def stage_of(recipe: Recipe, run: Callable[[], None]) -> Stage:
+    """The stage of a recipe.
+
+    Args:
+        recipe: any stage's.
+        run: makes the output.
+    """
+    settings = {key: value for key, value in recipe.model_dump(mode="json").items() if key not in _UNIMPORTANT}
+    base, output = settings.pop("base_model"), Path(recipe.output_dir).expanduser()
+    return Stage(recipe.stage, base, settings.pop("revision"), output, settings, run)
+
+
+def export_stage(base: str, output: Path, run: Callable[[], None]) -> Stage:
+    """The last stage, which has no recipe of its own."""
+    return Stage("export", base, None, output, {}, run)
+
+
+def run_pipeline(
+    stages: Sequence[Stage], on_stage: Callable[[Stage, Status], None], *, adopt: bool = False, dry_run: bool = False
+) -> None:
+    """Runs what is not complete yet.
+
+    Args:
+        stages: in order; each starts from the output of the one before.
+        on_stage: told of each before it is skipped (complete), continued (begun) or run (missing).
+        adopt: outputs without a record are taken to be made from the inputs as they are now.
+        dry_run: nothing is run; ends where a stage would run, since what follows depends on it.
+
+    Raises:
+        UserError: an output was made from other inputs; nothing of it is touched.
+    """
+    for stage in stages:
+        status = stage.status
+        inputs = inputs_of(stage)
+        if status != "missing":
+            _compare(stage, inputs, adopt=adopt)
+        on_stage(stage, status)
+        if dry_run:
+            if status == "complete":
+                continue
+            return
+        with writing(stage.record):
+            stage.record.parent.mkdir(parents=True, exist_ok=True)
+            partial = stage.record.with_name(stage.record.name + ".partial")
+            partial.write_text(json.dumps(inputs, indent=2) + "\n")
+            partial.replace(stage.record)
+        if status != "complete":
+            stage.run()
+
+
+def inputs_of(stage: Stage) -> dict[str, Any]:
+    """What a stage's output depends on, as JSON holds it: settings, base checkpoint, data."""
+    data = {str(file): digest(file) for place in _data_of(stage.settings) for file in _files(place)}
+    return {
+        "zconvert": zconvert.__version__,
+        "stage": stage.name,
+        "recipe": stage.settings,
+        "base_model": fingerprint(stage.base, stage.revision),
+        "data": data,
+    }
+
+
+def fingerprint(base: str, revision: str | None = None) -> str:
+    """Names a checkpoint's contents: the commit of a Hub checkpoint, else a hash of a folder's files.
+
+    Raises:
+        UserError: there is no such checkpoint.
+    """
+    source = resolve(base, revision=revision, weights=False)
+    if source.revision is not None:
+        return f"{source.name}@{source.revision}"
+    found = hashlib.sha256()
+    for path in _files(source.folder):
+        found.update(f"{path.relative_to(source.folder)}\0{digest(path)}\n".encode())
+    return found.hexdigest()
+
+
+def digest(path: Path) -> str:
+    """A hash of a file; of a large one of its size and of 256 places in it, which training changes all over."""
+    found, size = hashlib.sha256(), path.stat().st_size
+    with path.open("rb") as file:
+        if size <= _WHOLE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        found.update(str(size).encode())
+        for part in range(_PARTS):
+            file.seek(part * (size - _PART) // (_PARTS - 1))
+            found.update(file.read(_PART))
+    return found.hexdigest()
+
+
+def _files(place: Path) -> Iterator[Path]:
+    """A file, or the files of a folder, hidden ones left out."""
+    if place.is_file():
+        yield place
+    elif place.is_dir():
+        inside = (path for path in sorted(place.rglob("*")) if path.is_file())
+        yield from (path for path in inside if not any(part.startswith(".") for part in path.relative_to(place).parts))
+
+
+def _data_of(settings: dict[str, Any]) -> Iterator[Path]:
+    """Local files and folders that the datasets of a recipe are read from."""
+    for dataset in settings.get("datasets", ()):
+        generated = dataset.get("self_generated") or {}
+        for name in (dataset.get("path"), generated.get("prompts")):
+            if name is not None:
+                yield Path(name).expanduser()
+    if settings.get("chat_template"):
+        yield Path(settings["chat_template"]).expanduser()
+
+
+def _compare(stage: Stage, inputs: dict[str, Any], *, adopt: bool) -> None:
+    done = "was made" if stage.status == "complete" else "was begun"
+    fix = f"remove {stage.output} to make it anew, or choose another output_dir"
+    try:
+        before = json.loads(stage.record.read_text())
+    except FileNotFoundError:
+        if adopt:
+            return
+        raise UserError(
+            f"it is not known what {stage.output} {done} from",
+            found=f"no {stage.record.name} beside it",
+            expected=f"the output of {stage.name} as `zconvert run` leaves it",
+            fix=f"{fix}; or take it as it is with --adopt",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{stage.record} cannot be read", found=error, fix=fix) from error
+    changes = list(_changes(before, inputs))
+    if changes:
+        raise UserError(
+            f"{stage.output} {done} from other inputs than {stage.name} has now",
+            found="\n".join(f"- {change}" for change in changes),
+            expected="the same inputs",
+            fix=f"undo the change; or {fix}",
+        )
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    if before.get("base_model") != now["base_model"]:
+        yield "the base checkpoint has changed"
+    old, new = _flat(before.get("recipe", {})), _flat(now["recipe"])
+    # A key that one of the two does not know is a default of another version.
+    for key in sorted(old.keys() & new.keys()):
+        if old[key] != new[key]:
+            yield f"{key}: {json.dumps(old[key])} then, {json.dumps(new[key])} now"
+    for path in sorted({*before.get("data", {}), *now["data"]}):
+        if before.get("data", {}).get(path) != now["data"].get(path):
+            yield f"{path} has changed"
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -44,6 +44,13 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
+class Observer(Protocol):
+    """Something that looks at a run after each step: routing health, evaluation, a tracker."""
+
+    def on_step(self, trainer: Trainer) -> dict[str, Any] | None:
+        """Called after each step, in every process; what it returns goes into the next row of metrics."""
+
+
 class Interrupted(Exception):
     """The run stopped at a signal, its state saved."""
 
@@ -65,6 +72,8 @@ class _Window:
     grad_norm: float = 0.0
     slot_correct: list[int] = field(default_factory=list)
     slot_count: list[int] = field(default_factory=list)
+    extras: dict[str, Any] = field(default_factory=dict)
+    """what observers said last"""
 
 
 class Trainer:
@@ -91,6 +100,8 @@ class Trainer:
             model.requires_grad_(False)
         self.on_progress = on_progress
         self.run_dir = Path(recipe.output_dir)
+        self.observers: list[Observer] = []
+        """asked after each step, in this order"""
         self.step = 0
         # Matrices are decayed; norms, biases and scales are not.
         groups = [
@@ -119,6 +130,8 @@ class Trainer:
         with _signals() as received, self._metrics_file() as metrics_file:
             while self.step < recipe.max_steps:
                 self._train_step()
+                for observer in self.observers:
+                    self._window.extras |= observer.on_step(self) or {}
                 stopping = received[0] if received else None
                 last = self.step == recipe.max_steps
                 if self.step % recipe.logging_steps == 0 or last:
@@ -223,6 +236,7 @@ class Trainer:
             "grad_norm": window.grad_norm,
             "tokens_per_second": window.tokens / window.seconds,
             "seconds": window.seconds,
+            **window.extras,
         }
 
     def _state(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from tests.training.runs import make_run, metrics_of
 from zconvert.errors import UserError
 from zconvert.recipe import MidtrainRecipe
 from zconvert.training import stages
-from zconvert.training.state import load_latest, save_state, states_in
+from zconvert.training.parallel import Parallel
+from zconvert.training.state import load_latest, load_state, save_state, states_in
 
 
 def _train(settings: dict[str, Any]) -> Path:
@@ -87,30 +89,54 @@ def test_a_complete_run_is_not_overwritten(uninterrupted: tuple[dict[str, Any], 
         _train(uninterrupted[0])
 
 
-def test_a_damaged_newest_state_falls_back_to_the_one_before(tmp_path: Path) -> None:
+ALONE = Parallel()
+
+
+@pytest.mark.parametrize("file", ["state.pt", "shard-00001-model-00001-of-00001.safetensors", "manifest.json"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing"])
+def test_a_damaged_newest_state_falls_back_to_the_one_before(file: str, damage: str, tmp_path: Path) -> None:
     for step in (1, 2):
-        save_state(tmp_path, step, {"step": step}, keep=2)
-    newest = states_in(tmp_path)[-1][1] / "state.pt"
-    newest.write_bytes(newest.read_bytes()[:100])
+        save_state(tmp_path, step, {"step": step}, {"weight": torch.full((9,), float(step))}, 2, ALONE)
+    newest = states_in(tmp_path)[-1][1] / file
+    content = newest.read_bytes()
+    if damage == "missing":
+        newest.unlink()
+    else:
+        newest.write_bytes(content[:-20] if damage == "cut" else content[:-9] + b"x" + content[-8:])
     warnings: list[str] = []
-    state = load_latest(tmp_path, warnings.append)
-    assert state == {"step": 1}
+    state = load_latest(tmp_path, warnings.append, ALONE)
+    assert state is not None
+    assert state.numbers == {"step": 1}
+    weight = torch.zeros(9)
+    state.read_into({"weight": weight}, ALONE)
+    assert torch.equal(weight, torch.ones(9))
     assert len(warnings) == 1
     assert "damaged" in warnings[0]
 
 
 def test_only_the_newest_states_are_kept(tmp_path: Path) -> None:
     for step in range(1, 6):
-        save_state(tmp_path, step, {"step": step}, keep=2)
+        save_state(tmp_path, step, {"step": step}, {"weight": torch.ones(1)}, 2, ALONE)
     assert [step for step, _ in states_in(tmp_path)] == [4, 5]
+    assert not list((tmp_path / "train_state").glob(".*"))
 
 
 def test_a_state_that_holds_code_is_refused(tmp_path: Path) -> None:
-    folder = save_state(tmp_path, 1, {"step": 1}, keep=1)
+    folder = save_state(tmp_path, 1, {"step": 1}, {"weight": torch.ones(1)}, 1, ALONE)
     torch.save({"step": Path("x")}, folder / "state.pt")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    content = (folder / "state.pt").read_bytes()
+    manifest["state.pt"] = [len(content), zlib.crc32(content)]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     warnings: list[str] = []
-    assert load_latest(tmp_path, warnings.append) is None
-    assert warnings
+    assert load_latest(tmp_path, warnings.append, ALONE) is None
+    assert "UnpicklingError" in warnings[0]
+
+
+def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
+    folder = save_state(tmp_path, 1, {"step": 1}, {"weight": torch.ones(1)}, 1, ALONE)
+    with pytest.raises(UserError, match="is not of this model"):
+        load_state(folder, ALONE).read_into({"other": torch.ones(1)}, ALONE)
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_state(tmp_path: Path) -> None:
@@ -134,7 +160,7 @@ def test_a_full_disk_stops_the_run_with_one_error_and_it_goes_on_once_there_is_s
 ) -> None:
     settings, checkpoint = uninterrupted
     reference = checkpoint.parent
-    state = (reference / "train_state" / "step-00000030" / "state.pt").stat().st_size
+    state = sum(path.stat().st_size for path in (reference / "train_state" / "step-00000030").iterdir())
     with small_disk(tmp_path / "disk", f"{(2 * state + state // 2) // 1024}k") as disk:
         run_dir = disk / "run"
         settings = {**settings, "output_dir": str(run_dir), "save_total_limit": 3}

@@ -99,6 +99,8 @@ class PackedRows:
         seed: int,
         sample_packing: bool,
         pad_token_id: int,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         """Starts before the first batch.
 
@@ -109,11 +111,14 @@ class PackedRows:
             seed: fixes the order.
             sample_packing: several documents per row; else one document (or piece) per row.
             pad_token_id: id that fills rows up.
+            rank: this reader's number among those that share the rows.
+            world: number of these readers; the rows of their next batches are the next of the one order, dealt in turn.
 
         Raises:
             UserError: there are no documents.
         """
         _check(documents)
+        self.rank, self.world = rank, world
         self.documents = documents
         self.sequence_len = sequence_len
         self.rows = rows
@@ -135,10 +140,11 @@ class PackedRows:
 
     def next_batch(self) -> Batch:
         """The next R rows."""
-        while len(self._ready) < self.rows:
+        everyone = self.rows * self.world
+        while len(self._ready) < everyone:
             self._read_document()
-        batch, self._ready = self._ready[: self.rows], self._ready[self.rows :]
-        return _make_batch(self.documents, batch, self.sequence_len, self.pad_token_id)
+        batch, self._ready = self._ready[:everyone], self._ready[everyone:]
+        return _make_batch(self.documents, batch[self.rank :: self.world], self.sequence_len, self.pad_token_id)
 
     def state_dict(self) -> dict[str, Any]:
         """The exact position: numbers, text and lists only, so that it can be stored as JSON."""

@@ -8,6 +8,7 @@ Paths in a recipe are relative to the folder where the command runs.
 from zconvert.recipe.convert_init import ConvertInitRecipe
 from zconvert.recipe.data import DatasetRecipe
 from zconvert.recipe.loading import dump_recipe, load_recipe
+from zconvert.recipe.parallel import ParallelRecipe
 from zconvert.recipe.sections import Recipe
 from zconvert.recipe.training import MidtrainRecipe, TrainingRecipe
 
@@ -15,6 +16,7 @@ __all__ = [
     "ConvertInitRecipe",
     "DatasetRecipe",
     "MidtrainRecipe",
+    "ParallelRecipe",
     "Recipe",
     "TrainingRecipe",
     "dump_recipe",

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from zconvert.checkpoint.folder import writing
-from zconvert.checkpoint.load import load_model
 from zconvert.checkpoint.source import require_converted, resolve
-from zconvert.checkpoint.weights import save_gated, save_trained
+from zconvert.checkpoint.weights import pieces_on_disk, save_gated, save_trained
 from zconvert.data.documents import load_documents
 from zconvert.data.packing import PackedRows
 from zconvert.errors import UserError
 from zconvert.recipe import TrainingRecipe, dump_recipe
-from zconvert.training.loop import OnProgress, Progress, Trainer
+from zconvert.training.loop import Observer, OnProgress, Progress, Trainer
+from zconvert.training.parallel import Parallel
 
 
-def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
+def train(recipe: TrainingRecipe, on_progress: OnProgress, observers: Sequence[Observer] = ()) -> Path:
     """Runs a training stage on a converted checkpoint.
 
     Args:
         recipe: of the stage.
-        on_progress: is told what happens.
+        on_progress: is told what happens, in the first process.
+        observers: look at the run after each step, in every process.
 
     Returns:
         The new checkpoint's folder, `output_dir/checkpoint`.
@@ -45,13 +48,14 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
     if recipe.num_threads is not None:
         torch.set_num_threads(recipe.num_threads)
     torch.manual_seed(recipe.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_model(source, dtype="float32", device=device)
+    parallel = Parallel(recipe.parallel)
+    report = on_progress if parallel.first else _say_nothing
+    model, tokenizer = parallel.load(source)
     if recipe.experts_implementation is not None:
         _choose_experts(model, recipe.experts_implementation)
     model.config.use_cache = False
     rows_in_embedding = model.get_input_embeddings().weight.shape[0]
-    on_progress(Progress(message=f"reading {', '.join(dataset.path for dataset in recipe.datasets)}"))
+    report(Progress(message=f"reading {', '.join(dataset.path for dataset in recipe.datasets)}"))
     documents = load_documents(recipe.datasets, tokenizer, vocabulary_rows=rows_in_embedding)
     rows = PackedRows(
         documents,
@@ -60,19 +64,37 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
         seed=recipe.seed,
         sample_packing=recipe.sample_packing,
         pad_token_id=tokenizer.pad_token_id or 0,
+        rank=parallel.data_rank,
+        world=parallel.data_world,
     )
-    _write_recipe(run_dir, recipe)
-    trainer = Trainer(model, rows, recipe, settings, on_progress)
-    trainer.run()
-    on_progress(Progress(message=f"writing {final}"))
+    if parallel.first:
+        _write_recipe(run_dir, recipe)
+    trainer = Trainer(model, rows, recipe, settings, report, parallel)
+    trainer.observers += observers
     trained = dataclasses.replace(
         settings, block_offset=recipe.diffusion.block_offset, stages=(*settings.stages, recipe.stage)
     )
-    if trainer.gated is not None:
-        save_gated(trainer.gated, source.folder, final, settings=trained)
-    else:
-        save_trained(model, source.folder, final, settings=trained, dtype=recipe.save_dtype)
+
+    def save_checkpoint(folder: Path) -> None:
+        report(Progress(message=f"writing {folder}"))
+        pieces = pieces_on_disk(model, parallel.gathered) if trainer.gated is None else iter(())
+        if not parallel.first:
+            collections.deque(pieces, maxlen=0)  # every process gives its shards
+        elif trainer.gated is not None:
+            save_gated(trainer.gated, source.folder, folder, settings=trained)
+        else:
+            save_trained(model, source.folder, folder, settings=trained, dtype=recipe.save_dtype, pieces=pieces)
+        parallel.gather(None)  # it is there when any process goes on
+
+    trainer.save_checkpoint = save_checkpoint
+    trainer.run()
+    save_checkpoint(final)
+    parallel.close()
     return final
+
+
+def _say_nothing(_progress: Progress) -> None:
+    pass
 
 
 def _choose_experts(model: Any, wanted: str) -> None:

@@ -1,0 +1,123 @@
+"""Runs of several processes on one machine, started as torchrun starts them, and what their steps computed.
+
+python -m tests.training.processes RECIPE.json RECORD.pt     (one process; the environment says which)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.checkpoint.tiny import make_tokenizer
+from tests.contracts.families import make_family_model
+from tests.contracts.models import VOCAB
+from tests.training.runs import make_data
+from zconvert.checkpoint.graft import convert_init
+from zconvert.checkpoint.source import resolve
+from zconvert.recipe import MidtrainRecipe
+from zconvert.tidar.settings import GatedParts
+from zconvert.training import stages
+from zconvert.training.loop import Trainer
+
+GLOBAL_ROWS = 4
+"""rows of a step, however many processes share them"""
+
+
+def make_family_run(folder: Path, model_type: str, gated: GatedParts | None = None, **changes: Any) -> dict[str, Any]:
+    """A converted checkpoint of a family, its sliding windows and scales binding, and a recipe for two steps."""
+    folder.mkdir(parents=True, exist_ok=True)
+    make_family_model(model_type).save_pretrained(folder / "source")
+    make_tokenizer(VOCAB - 4).save_pretrained(folder / "source")
+    convert_init(resolve(str(folder / "source")), folder / "init", block_size=4, gated=gated)
+    return {
+        "base_model": str(folder / "init"),
+        "output_dir": str(folder / "run"),
+        "datasets": [{"path": str(make_data(folder))}],
+        "sequence_len": 32,
+        "max_steps": 2,
+        "learning_rate": 0.001,
+        "loss_chunk_size": 20,
+        "logging_steps": 1,
+        "save_steps": 100,
+        "diffusion": {"block_offset": "random"},
+        **changes,
+    }
+
+
+def for_processes(settings: dict[str, Any], world: int, **parallel: Any) -> dict[str, Any]:
+    """The settings with the same rows in each step for so many processes."""
+    readers = world // parallel.get("context_parallel", 1)
+    micro = 1 if readers > 1 else 2
+    return {
+        **settings,
+        "parallel": parallel,
+        "micro_batch_size": micro,
+        "gradient_accumulation_steps": GLOBAL_ROWS // (readers * micro),
+    }
+
+
+def start(command: list[str], world: int, **options: Any) -> list[subprocess.Popen[bytes]]:
+    """Starts the processes of a run; each must leave room for the others on a small machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in range(world):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env |= {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(
+            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+        )
+    return processes
+
+
+def record(runs: dict[str, dict[str, Any]], world: int, folder: Path) -> dict[str, Any]:
+    """Trains in so many processes, one run after another: starting them takes longer than tiny models take to train.
+
+    Args:
+        runs: settings by name.
+        world: processes.
+        folder: of the runs' folders.
+
+    Returns:
+        By name, the metrics and the whole gradients of each step.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    recipes = folder / "recipes.json"
+    recipes.write_text(
+        json.dumps({name: {**settings, "output_dir": str(folder / name)} for name, settings in runs.items()})
+    )
+    processes = start([sys.executable, "-m", "tests.training.processes", str(recipes), str(folder)], world)
+    texts = [process.communicate(timeout=300)[0].decode() for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(texts)
+    return {name: torch.load(folder / f"{name}.pt") for name in runs}
+
+
+class _Recorder:
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, torch.Tensor]] = []
+
+    def on_step(self, trainer: Trainer) -> None:
+        named = trainer.trained.named_parameters()
+        self.gradients.append({n: trainer.parallel.gathered(p.grad) for n, p in named if p.grad is not None})
+
+
+def main() -> None:
+    recipes, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    for name, settings in recipes.items():
+        recorder, metrics = _Recorder(), []
+        stages.train(MidtrainRecipe(**settings), lambda p, to=metrics: to.append(p.metrics), observers=[recorder])
+        if os.environ.get("RANK", "0") == "0":
+            rows = [row for row in metrics if row is not None]
+            torch.save({"gradients": recorder.gradients, "metrics": rows}, folder / f"{name}.pt")
+
+
+if __name__ == "__main__":
+    main()

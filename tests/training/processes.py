@@ -10,10 +10,12 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from tests.checkpoint.tiny import make_tokenizer
 from tests.contracts.families import make_family_model
@@ -63,19 +65,32 @@ def for_processes(settings: dict[str, Any], world: int, **parallel: Any) -> dict
     }
 
 
-def start(command: list[str], world: int, **options: Any) -> list[subprocess.Popen[bytes]]:
-    """Starts the processes of a run; each must leave room for the others on a small machine."""
+def start(command: list[str], world: int, log: Path) -> list[subprocess.Popen[bytes]]:
+    """Starts the processes of a run as torchrun would; what they say goes into `log`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     processes = []
-    for rank in range(world):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        env |= {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(
-            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
-        )
+    with log.open("wb") as file:
+        for rank in range(world):
+            env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            env |= {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(subprocess.Popen(command, env=env, stdout=file, stderr=file))
     return processes
+
+
+def finish(processes: list[subprocess.Popen[bytes]], seconds: float = 120) -> list[int | None]:
+    """Waits until all have ended, or one has failed, whom the others would wait for; their exit codes."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        codes = [process.poll() for process in processes]
+        if all(code is not None for code in codes) or any(codes):
+            break
+        time.sleep(0.02)
+    for process in processes:
+        process.kill()
+        process.wait()
+    return codes
 
 
 def record(runs: dict[str, dict[str, Any]], world: int, folder: Path) -> dict[str, Any]:
@@ -94,9 +109,9 @@ def record(runs: dict[str, dict[str, Any]], world: int, folder: Path) -> dict[st
     recipes.write_text(
         json.dumps({name: {**settings, "output_dir": str(folder / name)} for name, settings in runs.items()})
     )
-    processes = start([sys.executable, "-m", "tests.training.processes", str(recipes), str(folder)], world)
-    texts = [process.communicate(timeout=300)[0].decode() for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(texts)
+    log = folder / "log"
+    codes = finish(start([sys.executable, "-m", "tests.training.processes", str(recipes), str(folder)], world, log))
+    assert codes == [0] * world, log.read_text()
     return {name: torch.load(folder / f"{name}.pt") for name in runs}
 
 
@@ -110,6 +125,8 @@ class _Recorder:
 
 
 def main() -> None:
+    if "WORLD_SIZE" in os.environ and os.environ["WORLD_SIZE"] != "1":
+        dist.init_process_group("gloo")  # once for all runs
     recipes, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     for name, settings in recipes.items():
         recorder, metrics = _Recorder(), []
@@ -117,6 +134,8 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             rows = [row for row in metrics if row is not None]
             torch.save({"gradients": recorder.gradients, "metrics": rows}, folder / f"{name}.pt")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,9 +15,20 @@ from .layout import Layout, with_committed
 from .masks import attention_masks
 from .positions import ARGUMENT as POSITIONS
 from .positions import Positions
-from .predecessors import predecessors_of
+from .predecessors import Predecessors, predecessors_of
 from .settings import GatedParts
 from .sinks import ARGUMENT as IN_LAYOUT
+
+
+class RowShard(Protocol):
+    """What a forward over some columns of a row must know of the rest, which other processes have."""
+
+    @property
+    def key(self) -> Layout:
+        """(R, K) the keys that attention gathers."""
+
+    def predecessors(self, past: int) -> Predecessors:
+        """For convolutions that read `past` tokens of the past."""
 
 
 class LayoutModel:
@@ -62,24 +73,27 @@ class LayoutModel:
         self.gated = GatedWeights(self._decoder, self._decoder.get_input_embeddings(), parts)
         return self.gated
 
-    def hidden_states(self, input_ids: Tensor, layout: Layout, cache: TidarCache | None = None) -> Tensor:
+    def hidden_states(
+        self, input_ids: Tensor, layout: Layout, cache: TidarCache | None = None, shard: RowShard | None = None
+    ) -> Tensor:
         """One forward of the decoder, without the head.
 
         Args:
             input_ids: (R, N) int64, laid out as `layout` says.
             layout: of (R, N).
             cache: of a decoding; the forward's states are written behind its committed tokens.
+            shard: where other processes have the rest of the rows; attention then gathers its keys itself.
 
         Returns:
             (R, N, hidden) after the final norm.
         """
         committed = cache.committed if cache is not None else 0
-        key = with_committed(layout, committed) if committed else layout
+        key = with_committed(layout, committed) if committed else layout if shard is None else shard.key
         masks = attention_masks(self.family, self.config, layout, key, self.model.dtype)
         if self.family.mixing != "attention":
             name, past = _convolution_past(self.family, self.config)
             assert isinstance(masks, dict)
-            masks[name] = predecessors_of(layout, past, cache)
+            masks[name] = predecessors_of(layout, past, cache) if shard is None else shard.predecessors(past)
         options: dict[str, Any] = {}
         if self.family.positions:
             options[POSITIONS] = Positions(layout.position_ids, key.position_ids)

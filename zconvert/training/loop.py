@@ -244,6 +244,7 @@ class Trainer:
                     offset=offset,
                     objective=self.recipe.diffusion.objective or ("data" if self.gated is None else "forward_kl"),
                     loss_chunk_size=self.recipe.loss_chunk_size,
+                    context=self.parallel.context_parallel,
                 )
             ),
         )

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from zconvert.data.packing import Batch
 from zconvert.tidar.layout import PADDING, packed_layout
 from zconvert.tidar.model import LayoutModel
+from zconvert.training.context_parallel import ContextParallel
 
 
 @dataclass
@@ -61,6 +62,7 @@ def packed_losses(
     offset: Tensor | int = 0,
     objective: Literal["data", "forward_kl"] = "data",
     loss_chunk_size: int = 1024,
+    context: ContextParallel | None = None,
 ) -> LossSums:
     """Runs one packed forward of 2T tokens and sums both losses.
 
@@ -74,6 +76,7 @@ def packed_losses(
             distribution from the AR one of the same position, which is held fixed; the first token of a document,
             which AR does not predict, is learnt from the data.
         loss_chunk_size: logits are made for so many tokens at a time.
+        context: the processes that share the rows; each then sums over its own tokens.
 
     Returns:
         Sums, not means. With forward_kl a slot is right where its likeliest token is AR's.
@@ -81,18 +84,26 @@ def packed_losses(
     ids, length = batch.input_ids, batch.input_ids.shape[1]
     layout = packed_layout(batch.document_ids, block_size, offset)
     row = torch.cat([ids, torch.full_like(ids, mask_token_id)], dim=1)  # (R, 2T)
-    hidden = model.hidden_states(row, layout)
     targets = Targets.of(batch)
-    next_ids = F.pad(ids[:, 1:], (0, 1))
-    ar, _ = cross_entropy_sum(model, hidden[:, :length][targets.ar], next_ids[targets.ar], loss_chunk_size)
-    slot_hidden, labels = hidden[:, length:][targets.diffusion], ids[targets.diffusion]
+    next_ids, clean = F.pad(ids[:, 1:], (0, 1)), length
+    shard = None if context is None else context.shard(layout)
+    if shard is not None:
+        layout, row, clean = shard.layout, row.gather(1, shard.columns), shard.num_clean
+        targets = Targets(shard.of_clean(targets.ar), shard.of_slots(targets.diffusion))
+        next_ids, ids = shard.of_clean(next_ids), shard.of_slots(ids)
+    hidden = model.hidden_states(row, layout, shard=shard)
+    ar, _ = cross_entropy_sum(model, hidden[:, :clean][targets.ar], next_ids[targets.ar], loss_chunk_size)
+    slot_hidden, labels = hidden[:, clean:][targets.diffusion], ids[targets.diffusion]
     if objective == "data":
         diffusion, correct = cross_entropy_sum(model, slot_hidden, labels, loss_chunk_size)
     else:
-        before = F.pad(hidden[:, : length - 1].detach(), (0, 0, 1, 0))[targets.diffusion]
-        starts = (layout.position_ids[:, length:] == 0)[targets.diffusion]
-        diffusion, correct = divergence_sum(model, slot_hidden, before, labels, starts, loss_chunk_size)
-    slots = (layout.position_ids - layout.clean_limit)[:, length:][targets.diffusion]
+        states = hidden[:, :clean].detach()
+        before = F.pad(states[:, :-1], (0, 0, 1, 0)) if shard is None else shard.before_slots(states)
+        starts = (layout.position_ids[:, clean:] == 0)[targets.diffusion]
+        diffusion, correct = divergence_sum(
+            model, slot_hidden, before[targets.diffusion], labels, starts, loss_chunk_size
+        )
+    slots = (layout.position_ids - layout.clean_limit)[:, clean:][targets.diffusion]
     return LossSums(
         ar=ar,
         diffusion=diffusion,

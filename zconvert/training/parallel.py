@@ -34,6 +34,7 @@ from zconvert.errors import UserError
 from zconvert.recipe.parallel import ParallelRecipe
 from zconvert.tidar.generate import layout_model_of
 from zconvert.tidar.model import LayoutModel
+from zconvert.training.context_parallel import ContextParallel
 
 T = TypeVar("T")
 
@@ -65,20 +66,22 @@ class Parallel:
         """processes that share a row"""
         self.data_world, self.data_rank = self.world // self.context, self.rank // self.context
         """groups of processes with rows of their own, and which is this one's"""
-        self.context_group: Any = None
-        self.context_rank = self.rank % self.context
+        self.context_parallel: ContextParallel | None = None
+        """this process's place among those that share its rows"""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.world == 1:
             return
         if self.device.type == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(self.device)
-        if not dist.is_initialized():
+        self._joined = not dist.is_initialized()
+        if self._joined:
             bound = self.device if self.device.type == "cuda" else None
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=_TIMEOUT, device_id=bound)
         if self.context > 1:
-            self.context_group, _ = dist.new_subgroups(self.context)
+            group, _ = dist.new_subgroups(self.context)
+            self.context_parallel = ContextParallel(group, self.rank % self.context, self.context)
 
     @property
     def first(self) -> bool:
@@ -86,8 +89,8 @@ class Parallel:
         return self.rank == 0
 
     def close(self) -> None:
-        """Leaves the other processes."""
-        if dist.is_initialized():
+        """Leaves the other processes, if joining them was done here."""
+        if self.world > 1 and self._joined:
             dist.destroy_process_group()
 
     # The model
@@ -119,13 +122,12 @@ class Parallel:
         """
         if gated:
             model.requires_grad_(False)
-        if self.world == 1 or not gated:
-            return layout_model_of(model)
         self.run(model, lambda: {"made": layout_model_of(model)})  # new weights start from the embeddings
         self.rest(model)
         made = layout_model_of(model)
-        assert made.gated is not None
-        for parameter in made.gated.parameters():
+        if self.context_parallel is not None:
+            self.context_parallel.attach(made)
+        for parameter in made.gated.parameters() if made.gated is not None and self.world > 1 else ():
             dist.broadcast(parameter.data, 0)
         return made
 

@@ -35,7 +35,11 @@ GLOBAL_ROWS = 4
 def make_family_run(folder: Path, model_type: str, gated: GatedParts | None = None, **changes: Any) -> dict[str, Any]:
     """A converted checkpoint of a family, its sliding windows and scales binding, and a recipe for two steps."""
     folder.mkdir(parents=True, exist_ok=True)
-    make_family_model(model_type).save_pretrained(folder / "source")
+    model = make_family_model(model_type)
+    for name, buffer in model.named_buffers():
+        if name.endswith("balancing_biases"):
+            buffer[-1] = -1.0  # as ZAYA has it; transformers sets it so when it loads a model that is not sharded
+    model.save_pretrained(folder / "source")
     make_tokenizer(VOCAB - 4).save_pretrained(folder / "source")
     convert_init(resolve(str(folder / "source")), folder / "init", block_size=4, gated=gated)
     return {

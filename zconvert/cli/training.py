@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from zconvert.cli.ui import err, out
+from zconvert.cli.launch import leave_at_once, speaks
+from zconvert.cli.ui import EXIT_ERROR, err, out
 from zconvert.recipe import TrainingRecipe
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="Recipe of the stage.", show_default=False)]
@@ -22,13 +25,15 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="Recipe 
 def run(settings: TrainingRecipe) -> None:
     """Runs the stage of a recipe, and prints the new checkpoint's folder."""
     from zconvert.training.loop import Interrupted, Progress
+    from zconvert.training.parallel import first_to_fail
     from zconvert.training.stages import train
 
     started = time.monotonic()
     first_step: list[int] = []
 
     # Into a file goes one line for each report instead of a display that redraws itself.
-    with Live(console=err, refresh_per_second=4, transient=not err.is_terminal) as live:
+    console = err if speaks() else Console(quiet=True)
+    with Live(console=console, refresh_per_second=4, transient=not console.is_terminal) as live:
 
         def show(progress: Progress) -> None:
             if progress.message is not None:
@@ -52,7 +57,14 @@ def run(settings: TrainingRecipe) -> None:
             raise typer.Exit(128 + stop.signal_number) from None
         except KeyboardInterrupt:
             raise typer.Exit(128 + signal.SIGINT) from None
-    out.print(Text(str(folder)), soft_wrap=True)
+        except Exception as error:
+            if "WORLD_SIZE" in os.environ:
+                leave_at_once()
+            if not first_to_fail(error):
+                raise typer.Exit(EXIT_ERROR) from None
+            raise
+    if speaks():
+        out.print(Text(str(folder)), soft_wrap=True)
 
 
 def _view(metrics: dict[str, Any], left: float) -> Table:

@@ -59,7 +59,6 @@ class Parallel:
         """processes of the run"""
         self.rank = int(os.environ.get("RANK", "0")) if self.world > 1 else 0
         """this one's number, from 0"""
-        _check(recipe, self.world)
         self.fsdp = recipe.fsdp or self.world
         """processes that hold one copy of the weights"""
         self.context = recipe.context_parallel
@@ -70,6 +69,7 @@ class Parallel:
         """this process's place among those that share its rows"""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.world == 1:
+            check_sizes(recipe, self.world)
             return
         if self.device.type == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -79,6 +79,7 @@ class Parallel:
             bound = self.device if self.device.type == "cuda" else None
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=_TIMEOUT, device_id=bound)
+        check_sizes(recipe, self.world)  # only now, so that one of them can speak for all: see `first_to_fail`
         if self.context > 1:
             group, _ = dist.new_subgroups(self.context)
             self.context_parallel = ContextParallel(group, self.rank % self.context, self.context)
@@ -269,10 +270,12 @@ class Parallel:
         return _full(tensor.detach())
 
 
-def first_to_fail() -> bool:
-    """Whether an error here is the cause: the other processes fail in its wake, and should keep quiet."""
+def first_to_fail(error: Exception) -> bool:
+    """Whether an error is the cause why a run fails: other processes fail in its wake, and should keep quiet."""
     if not dist.is_initialized():
         return True
+    if isinstance(error, dist.DistError) or re.search("gloo|Connection (?:closed|reset)", str(error)):
+        return False
     try:
         return dist.distributed_c10d._get_default_store().add("zconvert/failed", 1) == 1
     except Exception:  # the process that keeps the store is gone: it was the first
@@ -287,7 +290,12 @@ def _make_runnable(model: Any) -> None:
     register_fsdp_forward_method(model, "run_sharded")
 
 
-def _check(recipe: ParallelRecipe, world: int) -> None:
+def check_sizes(recipe: ParallelRecipe, world: int) -> None:
+    """Compares the section with the number of processes.
+
+    Raises:
+        UserError: it does not fit.
+    """
     fsdp = recipe.fsdp or world
     for name, size, whole in (
         ("fsdp", fsdp, world),

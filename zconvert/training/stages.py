@@ -17,7 +17,8 @@ from zconvert.data.documents import load_documents
 from zconvert.data.packing import PackedRows
 from zconvert.errors import UserError
 from zconvert.recipe import TrainingRecipe, dump_recipe
-from zconvert.training.loop import Observer, OnProgress, Progress, Trainer
+from zconvert.tidar.settings import TidarSettings
+from zconvert.training.loop import Interrupted, Observer, OnProgress, Progress, Trainer
 from zconvert.training.parallel import Parallel
 
 
@@ -36,6 +37,7 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress, observers: Sequence[O
         UserError: bad input; nothing is half-written.
         Interrupted: a signal came; the same call continues.
     """
+    parallel = Parallel(recipe.parallel)
     run_dir = Path(recipe.output_dir)
     final = run_dir / "checkpoint"
     if final.exists():
@@ -48,7 +50,7 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress, observers: Sequence[O
     if recipe.num_threads is not None:
         torch.set_num_threads(recipe.num_threads)
     torch.manual_seed(recipe.seed)
-    parallel = Parallel(recipe.parallel)
+    _check_chunks(recipe, settings)
     report = on_progress if parallel.first else _say_nothing
     model, tokenizer = parallel.load(source)
     if recipe.experts_implementation is not None:
@@ -87,10 +89,25 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress, observers: Sequence[O
         parallel.gather(None)  # it is there when any process goes on
 
     trainer.save_checkpoint = save_checkpoint
-    trainer.run()
+    try:
+        trainer.run()
+    except Interrupted:  # all processes together
+        parallel.close()
+        raise
     save_checkpoint(final)
     parallel.close()
     return final
+
+
+def _check_chunks(recipe: TrainingRecipe, settings: TidarSettings) -> None:
+    """Rows are cut into twice as many chunks as there are processes to share them; none shorter than a block."""
+    chunks = 2 * recipe.parallel.context_parallel
+    if chunks > 2 and (recipe.sequence_len % chunks or recipe.sequence_len // chunks < max(4, settings.block_size)):
+        raise UserError(
+            f"sequence_len is {recipe.sequence_len} with parallel.context_parallel {chunks // 2}",
+            expected=f"a multiple of {chunks}, and at least {chunks * max(4, settings.block_size)}",
+            fix="change sequence_len, or let fewer processes share a row",
+        )
 
 
 def _say_nothing(_progress: Progress) -> None:

@@ -113,6 +113,9 @@ def record(runs: dict[str, dict[str, Any]], world: int, folder: Path) -> dict[st
     recipes.write_text(
         json.dumps({name: {**settings, "output_dir": str(folder / name)} for name, settings in runs.items()})
     )
+    if world == 1:
+        train_all(recipes, folder)
+        return {name: torch.load(folder / f"{name}.pt") for name in runs}
     log = folder / "log"
     codes = finish(start([sys.executable, "-m", "tests.training.processes", str(recipes), str(folder)], world, log))
     assert codes == [0] * world, log.read_text()
@@ -128,19 +131,17 @@ class _Recorder:
         self.gradients.append({n: trainer.parallel.gathered(p.grad) for n, p in named if p.grad is not None})
 
 
-def main() -> None:
-    if "WORLD_SIZE" in os.environ and os.environ["WORLD_SIZE"] != "1":
-        dist.init_process_group("gloo")  # once for all runs
-    recipes, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    for name, settings in recipes.items():
+def train_all(recipes: Path, folder: Path) -> None:
+    """Trains one run after another, as one of their processes."""
+    for name, settings in json.loads(recipes.read_text()).items():
         recorder, metrics = _Recorder(), []
         stages.train(MidtrainRecipe(**settings), lambda p, to=metrics: to.append(p.metrics), observers=[recorder])
         if os.environ.get("RANK", "0") == "0":
             rows = [row for row in metrics if row is not None]
             torch.save({"gradients": recorder.gradients, "metrics": rows}, folder / f"{name}.pt")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    dist.init_process_group("gloo")  # once for all runs
+    train_all(Path(sys.argv[1]), Path(sys.argv[2]))
+    dist.destroy_process_group()

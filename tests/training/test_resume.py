@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -72,6 +73,44 @@ def test_a_run_killed_and_started_again_equals_the_uninterrupted_one(
     assert b"continuing after step" in again.stderr
     assert metrics_of(run_dir) == metrics_of(expected.parent)
     assert _same(_weights(run_dir / "checkpoint"), _weights(expected))
+
+
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_in_steps_and_saves_equals_the_uninterrupted_one(tmp_path: Path) -> None:
+    settings = make_run(tmp_path, save_dtype="float32", save_steps=1, max_steps=100)
+    assert os.waitpid(_forked({**settings, "output_dir": str(tmp_path / "whole")}), 0)[1] == 0
+    run_dir, moments, saving = tmp_path / "run", random.Random(0), 0
+    states = run_dir / "train_state"
+    for kill in range(20):
+        before, process = states_in(run_dir), _forked(settings)
+        while states_in(run_dir) == before:
+            time.sleep(0.001)
+        if kill % 2:
+            time.sleep(moments.uniform(0, 0.2))
+        else:
+            while not list(states.glob(".step-*")):
+                pass
+        os.kill(process, signal.SIGKILL)
+        assert os.waitpid(process, 0)[1] == signal.SIGKILL
+        saving += bool(list(states.glob(".step-*")))
+    assert saving >= 5
+    assert os.waitpid(_forked(settings), 0)[1] == 0
+    assert not list(states.glob(".*"))
+    assert metrics_of(run_dir) == metrics_of(tmp_path / "whole")
+    assert _same(_weights(run_dir / "checkpoint"), _weights(tmp_path / "whole" / "checkpoint"))
+
+
+def _forked(settings: dict[str, Any]) -> int:
+    """Trains in another process, which need not import torch first; its id."""
+    process = os.fork()
+    if process == 0:
+        code = 1
+        try:
+            _train(settings)
+            code = 0
+        finally:
+            os._exit(code)
+    return process
 
 
 def _environment() -> dict[str, str]:

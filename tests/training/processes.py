@@ -106,7 +106,7 @@ def record(runs: dict[str, dict[str, Any]], world: int, folder: Path) -> dict[st
         folder: of the runs' folders.
 
     Returns:
-        By name, the metrics and the whole gradients of each step.
+        By name, the metrics and the whole gradients of each step, and how often gradients were reduced in all.
     """
     folder.mkdir(parents=True, exist_ok=True)
     recipes = folder / "recipes.json"
@@ -125,6 +125,16 @@ def record(runs: dict[str, dict[str, Any]], world: int, folder: Path) -> dict[st
 class _Recorder:
     def __init__(self) -> None:
         self.gradients: list[dict[str, torch.Tensor]] = []
+        self.reductions = 0
+        """of sharded gradients, by FSDP"""
+        name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+        reduce_scatter = getattr(dist, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.reductions += 1
+            return reduce_scatter(*args, **kwargs)
+
+        setattr(dist, name, counted)
 
     def on_step(self, trainer: Trainer) -> None:
         named = trainer.trained.named_parameters()
@@ -138,7 +148,8 @@ def train_all(recipes: Path, folder: Path) -> None:
         stages.train(MidtrainRecipe(**settings), lambda p, to=metrics: to.append(p.metrics), observers=[recorder])
         if os.environ.get("RANK", "0") == "0":
             rows = [row for row in metrics if row is not None]
-            torch.save({"gradients": recorder.gradients, "metrics": rows}, folder / f"{name}.pt")
+            recorded = {"gradients": recorder.gradients, "metrics": rows, "reductions": recorder.reductions}
+            torch.save(recorded, folder / f"{name}.pt")
 
 
 if __name__ == "__main__":

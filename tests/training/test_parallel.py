@@ -109,14 +109,40 @@ def test_gated_weights_are_trained_alike_beside_a_sharded_source(tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("each", [False, True])
-def test_summing_gradients_once_or_after_every_forward_is_the_same(each: bool, tmp_path: Path) -> None:
+def test_gradients_are_summed_once_a_step_or_after_every_forward_and_are_the_same(tmp_path: Path) -> None:
     run = make_family_run(tmp_path, "qwen3_moe", gradient_checkpointing=True)
-    alone = record({"run": for_processes(run, 1)}, 1, tmp_path / "1")
-    for layout in ({}, {"context_parallel": 2}):
-        settings = for_processes(run, 2, sync_every_forward=each, **layout)
-        assert settings["gradient_accumulation_steps"] == 2
-        assert_same(alone["run"], record({"run": settings}, 2, tmp_path / f"2{layout}")["run"], str(layout))
+    alone = record({"run": for_processes(run, 1)}, 1, tmp_path / "1")["run"]
+    runs = {
+        f"{size} {each}": for_processes(run, 2, sync_every_forward=each, context_parallel=size)
+        for size in (1, 2)
+        for each in (False, True)
+    }
+    assert {settings["gradient_accumulation_steps"] for settings in runs.values()} == {2}
+    recorded = record(runs, 2, tmp_path / "2")
+    for name, other in recorded.items():
+        assert_same(alone, other, name)
+    steps, units = run["max_steps"], 4 + 1  # layers, and the rest of the model
+    assert recorded["1 False"]["reductions"] == steps * units
+    assert recorded["1 True"]["reductions"] == 2 * steps * units
+
+
+@pytest.mark.slow
+def test_a_damaged_newest_state_is_passed_over_by_all_processes_with_a_warning(tmp_path: Path) -> None:
+    settings = make_run(tmp_path, micro_batch_size=1, save_dtype="float32", save_steps=2, max_steps=4)
+    assert launch(tmp_path, settings).returncode == 0
+    run_dir = tmp_path / "run"
+    (run_dir / "checkpoint").rename(tmp_path / "whole")
+    rows = metrics_of(run_dir)
+    shard = sorted((run_dir / "train_state" / "step-00000004").glob("shard-00002-*"))[0]
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    again = launch(tmp_path, settings)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("warning") == 1
+    assert "step-00000004 is damaged" in " ".join(again.stderr.split())
+    assert "continuing after step 2" in again.stderr
+    assert metrics_of(run_dir) == rows
+    one, two = (load_file(folder / "model.safetensors") for folder in (run_dir / "checkpoint", tmp_path / "whole"))
+    assert all(torch.equal(one[name], two[name]) for name in two)
 
 
 @pytest.mark.slow

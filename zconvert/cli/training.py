@@ -37,7 +37,7 @@ def run(settings: TrainingRecipe) -> None:
 
         def show(progress: Progress) -> None:
             if progress.message is not None:
-                live.console.print(Text(progress.message))
+                live.console.print(Text(progress.message), soft_wrap=True)
             metrics = progress.metrics
             if metrics is None:
                 return
@@ -53,7 +53,7 @@ def run(settings: TrainingRecipe) -> None:
         try:
             folder = train(settings, show)
         except Interrupted as stop:
-            live.console.print(Text(str(stop)))
+            live.console.print(Text(str(stop)), soft_wrap=True)
             raise typer.Exit(128 + stop.signal_number) from None
         except KeyboardInterrupt:
             raise typer.Exit(128 + signal.SIGINT) from None

@@ -49,7 +49,7 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress, observers: Sequence[O
     settings = require_converted(source)
     if recipe.num_threads is not None:
         torch.set_num_threads(recipe.num_threads)
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(recipe.seed + parallel.rank)  # dropout, if there is any, drops other units elsewhere
     _check_chunks(recipe, settings)
     report = on_progress if parallel.first else _say_nothing
     model, tokenizer = parallel.load(source)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.checkpoint.tiny import make_checkpoint
 from zconvert.checkpoint.rope import RopeChange, config_changes, extended
-from zconvert.checkpoint.source import resolve
+from zconvert.checkpoint.source import Source, resolve
 from zconvert.errors import UserError
 
 FLAT = {"head_dim": 16, "max_position_embeddings": 256, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
@@ -88,7 +88,8 @@ def test_what_cannot_be_extended_so_is_told(config: dict[str, Any], change: Rope
 def test_transformers_builds_the_frequencies_that_were_asked_for(tmp_path: Path, model_type: str, method: Any) -> None:
     source = resolve(make_checkpoint(tmp_path / "source", model_type))
     before = (source.folder / "config.json").read_bytes()
-    view = extended(source, RopeChange(1024, method=method), tmp_path / "view")
+    extended(source, RopeChange(1024, method=method), tmp_path / "view")
+    view = Source(tmp_path / "view", source.name, source.revision)
     assert (source.folder / "config.json").read_bytes() == before
     config = AutoConfig.from_pretrained(view.folder)
     assert config.max_position_embeddings == 1024
@@ -107,7 +108,8 @@ def test_transformers_builds_the_frequencies_that_were_asked_for(tmp_path: Path,
 def test_a_view_made_again_is_the_newest_one(tmp_path: Path) -> None:
     source = resolve(make_checkpoint(tmp_path / "source", "mixtral"))
     extended(source, RopeChange(512), tmp_path / "view")
-    view = extended(source, RopeChange(1024), tmp_path / "view")
+    extended(source, RopeChange(1024), tmp_path / "view")
+    view = Source(tmp_path / "view", source.name, source.revision)
     config = json.loads((view.folder / "config.json").read_text())
     assert config["max_position_embeddings"] == 1024
     assert (view.folder / "model.safetensors").is_symlink()

@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.checkpoint.disk import small_disk
 from tests.checkpoint.tiny import MODEL_TYPES
+from tests.contracts.families import FAMILY_MODELS, make_family_model
 from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.headers import TensorInfo, read_header, read_headers
 from zconvert.checkpoint.source import read_config, resolve
-from zconvert.checkpoint.weights import read_chunks, save_trained, shard_size, write_shard
+from zconvert.checkpoint.weights import pieces_on_disk, read_chunks, save_trained, shard_size, write_shard
 from zconvert.errors import UserError
 from zconvert.tidar.settings import TidarSettings
 
@@ -215,3 +217,16 @@ def test_a_trained_checkpoint_keeps_where_its_base_came_from(converted: Callable
     assert after["stages"] == ["midtrain"]
     assert "rows" in before  # every row is another one after training
     assert {**after, "stages": []} == {key: value for key, value in before.items() if key != "rows"}
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILY_MODELS))
+def test_a_model_saved_layer_by_layer_is_the_model_saved_whole(model_type: str, tmp_path: Path) -> None:
+    model = make_family_model(model_type)
+    model.save_pretrained(tmp_path / "whole")
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    pieces = list(pieces_on_disk(model))
+    together = {name: tensor for piece in pieces for name, tensor in piece.items()}
+    assert len(pieces) > 1
+    assert len(together) == sum(len(piece) for piece in pieces)
+    assert together.keys() == whole.keys()
+    assert all(torch.equal(together[name], whole[name]) for name in whole)

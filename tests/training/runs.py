@@ -19,13 +19,11 @@ def make_run(folder: Path, model_type: str = "zaya", *, spare_rows: int = 4, **c
     source = folder / "source"
     make_checkpoint(source, model_type, spare_rows=spare_rows)
     convert_init(resolve(str(source)), folder / "init", block_size=4)
-    texts = ["the cat sat on the mat. " * n for n in (1, 2, 3, 1, 2, 1, 3, 2)]
-    (folder / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return {
         "base_model": str(folder / "init"),
         "output_dir": str(folder / "run"),
         "seed": 3,
-        "datasets": [{"path": str(folder / "data.jsonl")}],
+        "datasets": [{"path": str(make_data(folder))}],
         "sequence_len": 32,
         "micro_batch_size": 2,
         "gradient_accumulation_steps": 2,
@@ -38,6 +36,14 @@ def make_run(folder: Path, model_type: str = "zaya", *, spare_rows: int = 4, **c
         "diffusion": {"block_offset": "random"},
         **changes,
     }
+
+
+def make_data(folder: Path) -> Path:
+    """Eight documents of different lengths."""
+    texts = ["the cat sat on the mat. " * n for n in (1, 2, 3, 1, 2, 1, 3, 2)]
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
 
 
 def metrics_of(run_dir: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,8 @@ import torch
 from tests.training.runs import make_run, metrics_of
 from zconvert.checkpoint.load import end_token_ids, load_model
 from zconvert.checkpoint.source import require_converted, resolve
-from zconvert.data.documents import Document, Documents, load_documents
+from zconvert.data.documents import Document, Documents
+from zconvert.data.loading import load_documents
 from zconvert.data.packing import PackedRows
 from zconvert.evaluation.bench import bench
 from zconvert.recipe import MidtrainRecipe

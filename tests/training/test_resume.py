@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from tests.training.runs import make_run, metrics_of
 from zconvert.errors import UserError
 from zconvert.recipe import MidtrainRecipe
 from zconvert.training import stages
-from zconvert.training.state import load_latest, save_state, states_in
+from zconvert.training.parallel import Parallel
+from zconvert.training.state import load_latest, load_state, save_state, states_in
 
 
 def _train(settings: dict[str, Any]) -> Path:
@@ -72,6 +75,44 @@ def test_a_run_killed_and_started_again_equals_the_uninterrupted_one(
     assert _same(_weights(run_dir / "checkpoint"), _weights(expected))
 
 
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_in_steps_and_saves_equals_the_uninterrupted_one(tmp_path: Path) -> None:
+    settings = make_run(tmp_path, save_dtype="float32", save_steps=1, max_steps=100)
+    assert os.waitpid(_forked({**settings, "output_dir": str(tmp_path / "whole")}), 0)[1] == 0
+    run_dir, moments, saving = tmp_path / "run", random.Random(0), 0
+    states = run_dir / "train_state"
+    for kill in range(20):
+        before, process = states_in(run_dir), _forked(settings)
+        while states_in(run_dir) == before:
+            time.sleep(0.001)
+        if kill % 2:
+            time.sleep(moments.uniform(0, 0.2))
+        else:
+            while not list(states.glob(".step-*")):
+                pass
+        os.kill(process, signal.SIGKILL)
+        assert os.waitpid(process, 0)[1] == signal.SIGKILL
+        saving += bool(list(states.glob(".step-*")))
+    assert saving >= 5
+    assert os.waitpid(_forked(settings), 0)[1] == 0
+    assert not list(states.glob(".*"))
+    assert metrics_of(run_dir) == metrics_of(tmp_path / "whole")
+    assert _same(_weights(run_dir / "checkpoint"), _weights(tmp_path / "whole" / "checkpoint"))
+
+
+def _forked(settings: dict[str, Any]) -> int:
+    """Trains in another process, which need not import torch first; its id."""
+    process = os.fork()
+    if process == 0:
+        code = 1
+        try:
+            _train(settings)
+            code = 0
+        finally:
+            os._exit(code)
+    return process
+
+
 def _environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -87,30 +128,54 @@ def test_a_complete_run_is_not_overwritten(uninterrupted: tuple[dict[str, Any], 
         _train(uninterrupted[0])
 
 
-def test_a_damaged_newest_state_falls_back_to_the_one_before(tmp_path: Path) -> None:
+ALONE = Parallel()
+
+
+@pytest.mark.parametrize("file", ["state.pt", "shard-00001-model-00001-of-00001.safetensors", "manifest.json"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing"])
+def test_a_damaged_newest_state_falls_back_to_the_one_before(file: str, damage: str, tmp_path: Path) -> None:
     for step in (1, 2):
-        save_state(tmp_path, step, {"step": step}, keep=2)
-    newest = states_in(tmp_path)[-1][1] / "state.pt"
-    newest.write_bytes(newest.read_bytes()[:100])
+        save_state(tmp_path, step, {"step": step}, {"weight": torch.full((9,), float(step))}, 2, ALONE)
+    newest = states_in(tmp_path)[-1][1] / file
+    content = newest.read_bytes()
+    if damage == "missing":
+        newest.unlink()
+    else:
+        newest.write_bytes(content[:-20] if damage == "cut" else content[:-9] + b"x" + content[-8:])
     warnings: list[str] = []
-    state = load_latest(tmp_path, warnings.append)
-    assert state == {"step": 1}
+    state = load_latest(tmp_path, warnings.append, ALONE)
+    assert state is not None
+    assert state.numbers == {"step": 1}
+    weight = torch.zeros(9)
+    state.read_into({"weight": weight}, ALONE)
+    assert torch.equal(weight, torch.ones(9))
     assert len(warnings) == 1
     assert "damaged" in warnings[0]
 
 
 def test_only_the_newest_states_are_kept(tmp_path: Path) -> None:
     for step in range(1, 6):
-        save_state(tmp_path, step, {"step": step}, keep=2)
+        save_state(tmp_path, step, {"step": step}, {"weight": torch.ones(1)}, 2, ALONE)
     assert [step for step, _ in states_in(tmp_path)] == [4, 5]
+    assert not list((tmp_path / "train_state").glob(".*"))
 
 
 def test_a_state_that_holds_code_is_refused(tmp_path: Path) -> None:
-    folder = save_state(tmp_path, 1, {"step": 1}, keep=1)
+    folder = save_state(tmp_path, 1, {"step": 1}, {"weight": torch.ones(1)}, 1, ALONE)
     torch.save({"step": Path("x")}, folder / "state.pt")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    content = (folder / "state.pt").read_bytes()
+    manifest["state.pt"] = [len(content), zlib.crc32(content)]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     warnings: list[str] = []
-    assert load_latest(tmp_path, warnings.append) is None
-    assert warnings
+    assert load_latest(tmp_path, warnings.append, ALONE) is None
+    assert "UnpicklingError" in warnings[0]
+
+
+def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
+    folder = save_state(tmp_path, 1, {"step": 1}, {"weight": torch.ones(1)}, 1, ALONE)
+    with pytest.raises(UserError, match="is not of this model"):
+        load_state(folder, ALONE).read_into({"other": torch.ones(1)}, ALONE)
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_state(tmp_path: Path) -> None:
@@ -134,7 +199,7 @@ def test_a_full_disk_stops_the_run_with_one_error_and_it_goes_on_once_there_is_s
 ) -> None:
     settings, checkpoint = uninterrupted
     reference = checkpoint.parent
-    state = (reference / "train_state" / "step-00000030" / "state.pt").stat().st_size
+    state = sum(path.stat().st_size for path in (reference / "train_state" / "step-00000030").iterdir())
     with small_disk(tmp_path / "disk", f"{(2 * state + state // 2) // 1024}k") as disk:
         run_dir = disk / "run"
         settings = {**settings, "output_dir": str(run_dir), "save_total_limit": 3}

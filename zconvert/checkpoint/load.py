@@ -18,13 +18,14 @@ DEVICES = ("auto", "cpu", "cuda")
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
-def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
+def load_model(source: Source, *, dtype: str = "auto", device: str = "auto", sharding: Any = None) -> tuple[Any, Any]:
     """Loads a checkpoint's model, in evaluation mode, and its tokenizer. No code of the checkpoint is run.
 
     Args:
         source: from `resolve`.
         dtype: float32, bfloat16, or auto for the checkpoint's own.
         device: cpu, cuda (or another name torch knows), or auto for a GPU where there is one.
+        sharding: a `DistributedConfig` of transformers: each process loads its shard, onto its own device.
 
     Returns:
         The `…ForCausalLM` and the tokenizer.
@@ -43,7 +44,12 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
         try:
             wanted = dtype if dtype == "auto" else getattr(torch, dtype)
             loaded: Any = _model_class(source).from_pretrained(
-                source.folder, dtype=wanted, output_loading_info=True, **_unpacking(source), **_LOCAL
+                source.folder,
+                dtype=wanted,
+                output_loading_info=True,
+                distributed_config=sharding,
+                **_unpacking(source),
+                **_LOCAL,
             )
         except Exception as error:  # safetensors has an exception type of its own
             raise _unloadable(source, "model", error) from error
@@ -58,7 +64,7 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
             fix="download or copy the checkpoint again",
         )
     try:
-        model = model.to(place)
+        model = model if sharding is not None else model.to(place)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{source.name} does not fit into the memory of {place}",

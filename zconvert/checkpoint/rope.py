@@ -108,7 +108,7 @@ def config_changes(config: Mapping[str, Any], change: RopeChange) -> dict[str, A
     return changes
 
 
-def extended(source: Source, change: RopeChange, folder: Path) -> Source:
+def extended(source: Source, change: RopeChange, folder: Path) -> None:
     """A view of a checkpoint with another `config.json`: a folder of links, from which it is loaded like any other.
 
     Args:
@@ -135,7 +135,6 @@ def extended(source: Source, change: RopeChange, folder: Path) -> Source:
             (folder / tokenizer.name).unlink()
             longer = patch_json(read_json_text(tokenizer), {"model_max_length": change.target_len}, name=str(tokenizer))
             (folder / tokenizer.name).write_bytes(longer.encode())
-    return Source(folder, source.name, source.revision)
 
 
 def _layer_types(parameters: Mapping[str, Any], change: RopeChange) -> list[str]:

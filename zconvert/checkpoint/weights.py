@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,6 +29,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _BY_OPTION = {"float32": "F32", "bfloat16": "BF16"}
 _LISTED = 5
+_LAYER = re.compile(r".*?(?:layers|blocks)\.\d+\.")
 _CHUNK = 4 * 1024 * 1024
 
 
@@ -110,12 +112,13 @@ def save_trained(
     settings: TidarSettings,
     dtype: Literal["source", "float32", "bfloat16"] = "source",
     extra_texts: Mapping[str, str] | None = None,
+    pieces: Iterable[dict[str, torch.Tensor]] | None = None,
 ) -> None:
     """Writes a trained model as a checkpoint that looks like the one it was loaded from.
 
     Tensor names, shards, configuration and tokenizer are the base's; the weights are the model's. Transformers keeps
-    other names in memory than on disk (experts are fused), so the model is saved by transformers into a temporary
-    folder, and its tensors are put from there into the base's layout.
+    other names in memory than on disk (experts are fused), so the model's layers are saved by those into a temporary
+    folder, one after another, and the tensors are put from there into the base's layout.
 
     Args:
         model: the trained model, on any device.
@@ -125,6 +128,7 @@ def save_trained(
         dtype: source keeps each tensor's type; float32 and bfloat16 change all, except that what the base keeps wider
             than most of its tensors (routers' biases) stays wide.
         extra_texts: further files to write, instead of the base's where it has them: text by file name.
+        pieces: the model's tensors, from `pieces_on_disk`; for a sharded model, in the process that writes.
 
     Raises:
         UserError: `out` exists or cannot be written, or the model's tensors are not those of the base.
@@ -141,7 +145,7 @@ def save_trained(
     texts |= extra_texts or {}
     with new_folder(out) as folder:
         saved_folder = folder / ".saved"
-        _save_quietly(model, saved_folder)
+        _save_pieces(pieces_on_disk(model) if pieces is None else pieces, saved_folder)
         saved = read_headers(saved_folder)
         sources = _match(headers, saved)
         for shard in headers.shards:
@@ -242,23 +246,44 @@ def patch_config(folder: Path, changes: Mapping[str, Any]) -> str:
     return patch_json(text, changes, inside=inside, name="config.json")
 
 
-def _save_quietly(model: PreTrainedModel, folder: Path) -> None:
-    """`save_pretrained` without progress bars, and without its refusal of generation settings it finds odd."""
-    from transformers import GenerationConfig
-    from transformers.utils import logging
+def pieces_on_disk(
+    model: PreTrainedModel, whole: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> Iterator[dict[str, torch.Tensor]]:
+    """A model's tensors by their names on disk, as `save_pretrained` has them, a layer at a time, on the CPU.
 
-    shown = logging.is_progress_bar_enabled()
-    settings, level = model.generation_config, logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        model.generation_config = GenerationConfig()  # the base's own file is used anyway
-        model.save_pretrained(folder)
-    finally:
-        model.generation_config = settings
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()
+    Args:
+        model: the model.
+        whole: makes a whole tensor of a shard, where the model is sharded; all its processes go through all pieces.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tensors = model.state_dict(keep_vars=True)
+    # A tied weight has one name on disk.
+    tied = {a for a, b in (model.all_tied_weights_keys or {}).items() if tensors.get(a) is tensors.get(b)}
+    ignored = tied | set(model._keys_to_ignore_on_save or ())
+    layers: dict[str, list[str]] = {}
+    for name in tensors:
+        if name not in ignored:
+            layer = _LAYER.match(name)
+            layers.setdefault(layer.group() if layer else "", []).append(name)
+    for names in layers.values():
+        piece = {}
+        for name in names:
+            tensor = tensors[name].detach()
+            piece[name] = (tensor if whole is None else whole(tensor)).cpu()
+        yield revert_weight_conversion(model, piece)
+
+
+def _save_pieces(pieces: Iterable[dict[str, torch.Tensor]], folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    shards: dict[str, str] = {}
+    for number, piece in enumerate(pieces):
+        shard = f"piece-{number:05d}.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in piece.items()}, folder / shard)
+        shards |= dict.fromkeys(piece, shard)
+    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": shards}))
 
 
 def _match(base: Headers, saved: Headers) -> dict[str, TensorInfo]:

@@ -9,15 +9,20 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from zconvert.cli.launch import TorchrunOptions, launch, speaks
 from zconvert.cli.training import RecipeFile, run_shown
 from zconvert.cli.ui import err, out
 from zconvert.recipe import ExtendContextRecipe, load_recipe
 
 
-def command(recipe: RecipeFile) -> None:
+def command(recipe: RecipeFile, torchrun: TorchrunOptions = None) -> None:
     """Train on longer documents with positions that reach further; tells the loss by position before and after."""
     settings = load_recipe(recipe, ExtendContextRecipe)
+    if torchrun:
+        launch([settings.stage, str(recipe)], torchrun)
     folder = run_shown(settings)
+    if not speaks():
+        return
     show_context(Path(settings.output_dir))
     out.print(Text(str(folder)), soft_wrap=True)
 

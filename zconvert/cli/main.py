@@ -51,9 +51,13 @@ app.command(
         "zconvert convert-init recipes/quickstart/convert-init.yaml",
     ),
 )(ui.handled(convert_init.command))
-app.command("midtrain", epilog=_examples("zconvert midtrain recipes/quickstart/midtrain.yaml"))(
-    ui.handled(midtrain.command)
-)
+app.command(
+    "midtrain",
+    epilog=_examples(
+        "zconvert midtrain recipes/quickstart/midtrain.yaml",
+        "zconvert midtrain recipes/quickstart/midtrain.yaml -- --nproc_per_node=8",
+    ),
+)(ui.handled(midtrain.command))
 app.command("extend-context", epilog=_examples("zconvert extend-context recipes/quickstart/extend-context.yaml"))(
     ui.handled(extend_context.command)
 )

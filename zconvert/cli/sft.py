@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from zconvert.cli.launch import TorchrunOptions, launch
 from zconvert.cli.training import RecipeFile, run
 from zconvert.cli.ui import err, out
 from zconvert.recipe import SftRecipe, load_recipe
@@ -18,13 +19,16 @@ def command(
         bool,
         typer.Option("--show-example", help="Print the first conversation, coloured where it is scored, and stop."),
     ] = False,
+    torchrun: TorchrunOptions = None,
 ) -> None:
     """Train a converted checkpoint on conversations, scored where the assistant speaks; stopped, it continues."""
     settings = load_recipe(recipe, SftRecipe)
     if show_example:
         _show(settings)
-    else:
-        run(settings)
+        return
+    if torchrun:
+        launch([settings.stage, str(recipe)], torchrun)
+    run(settings)
 
 
 def _show(settings: SftRecipe) -> None:

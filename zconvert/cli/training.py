@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from zconvert.cli.ui import err, out
+from zconvert.cli.launch import leave_at_once, speaks
+from zconvert.cli.ui import EXIT_ERROR, err, out
 from zconvert.recipe import TrainingRecipe
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="Recipe of the stage.", show_default=False)]
@@ -21,12 +24,15 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="Recipe 
 
 def run(settings: TrainingRecipe) -> None:
     """Runs the stage of a recipe, and prints the new checkpoint's folder."""
-    out.print(Text(str(run_shown(settings))), soft_wrap=True)
+    folder = run_shown(settings)
+    if speaks():
+        out.print(Text(str(folder)), soft_wrap=True)
 
 
 def run_shown(settings: TrainingRecipe) -> Path:
     """Runs the stage of a recipe with its progress on stderr; the new checkpoint's folder."""
     from zconvert.training.loop import Interrupted, Progress
+    from zconvert.training.parallel import first_to_fail
     from zconvert.training.stages import train
 
     started = time.monotonic()
@@ -34,11 +40,12 @@ def run_shown(settings: TrainingRecipe) -> Path:
     newest: dict[str, Any] = {}
 
     # Into a file goes one line for each report instead of a display that redraws itself.
-    with Live(console=err, refresh_per_second=4, transient=not err.is_terminal) as live:
+    console = err if speaks() else Console(quiet=True)
+    with Live(console=console, refresh_per_second=4, transient=not console.is_terminal) as live:
 
         def show(progress: Progress) -> None:
             if progress.message is not None:
-                live.console.print(Text(progress.message))
+                live.console.print(Text(progress.message), soft_wrap=True)
             metrics = progress.metrics
             if metrics is None:
                 return
@@ -55,10 +62,16 @@ def run_shown(settings: TrainingRecipe) -> Path:
         try:
             return train(settings, show)
         except Interrupted as stop:
-            live.console.print(Text(str(stop)))
+            live.console.print(Text(str(stop)), soft_wrap=True)
             raise typer.Exit(128 + stop.signal_number) from None
         except KeyboardInterrupt:
             raise typer.Exit(128 + signal.SIGINT) from None
+        except Exception as error:
+            if "WORLD_SIZE" in os.environ:
+                leave_at_once()
+            if not first_to_fail(error):
+                raise typer.Exit(EXIT_ERROR) from None
+            raise
 
 
 def _view(metrics: dict[str, Any], left: float) -> Table:

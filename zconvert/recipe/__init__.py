@@ -9,6 +9,7 @@ from zconvert.recipe.convert_init import ConvertInitRecipe
 from zconvert.recipe.data import DatasetRecipe, SelfGeneratedRecipe
 from zconvert.recipe.extend_context import ExtendContextRecipe
 from zconvert.recipe.loading import BY_STAGE, dump_recipe, load_pipeline, load_recipe
+from zconvert.recipe.parallel import ParallelRecipe
 from zconvert.recipe.pipeline import ExportRecipe, PipelineRecipe
 from zconvert.recipe.sections import Recipe
 from zconvert.recipe.training import MidtrainRecipe, SftRecipe, TrainingRecipe
@@ -20,6 +21,7 @@ __all__ = [
     "ExportRecipe",
     "ExtendContextRecipe",
     "MidtrainRecipe",
+    "ParallelRecipe",
     "PipelineRecipe",
     "Recipe",
     "SelfGeneratedRecipe",

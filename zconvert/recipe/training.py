@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from zconvert.recipe.data import DatasetRecipe, check_mixture
+from zconvert.recipe.parallel import ParallelRecipe
 from zconvert.recipe.sections import Count, CountOrZero, Recipe, Section, Share, Text
 from zconvert.recipe.watching import EvaluationSection, MoeSection
 
@@ -52,7 +53,7 @@ class TrainingRecipe(Recipe):
 
     sequence_len: int = Field(1024, ge=2, description="clean tokens per row")
     sample_packing: bool = Field(True, description="several whole documents per row; false: one document per row")
-    micro_batch_size: Count = Field(1, description="rows per forward")
+    micro_batch_size: Count = Field(1, description="rows per forward of one process")
     gradient_accumulation_steps: Count = Field(1, description="forwards per optimizer step")
 
     max_steps: Count = Field(description="optimizer steps of the whole run")
@@ -96,6 +97,11 @@ class TrainingRecipe(Recipe):
 
     logging_steps: Count = Field(10, description="steps between progress reports and lines of metrics.jsonl")
     save_steps: Count = Field(500, description="steps between train states, for resuming; the last step saves one too")
+    save_minutes: float | None = Field(None, gt=0, description="minutes after which a train state is saved as well")
+    checkpoint_steps: Count | None = Field(
+        None,
+        description="steps between checkpoints that others can load, output_dir/checkpoint-STEP; null: the last only",
+    )
     save_total_limit: Count = Field(2, description="train states kept")
     save_dtype: Literal["source", "float32", "bfloat16"] = Field(
         "source", description="number format of the checkpoint written; source: each tensor as in base_model"
@@ -110,6 +116,7 @@ class TrainingRecipe(Recipe):
         [],
         description="experiment trackers that get the metrics too, each a package to install; metrics.jsonl is always",
     )
+    parallel: ParallelRecipe = Field(ParallelRecipe(), description="how several processes share the work")
 
     @field_validator("datasets")
     @classmethod

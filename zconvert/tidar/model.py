@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,20 @@ from .masks import attention_masks
 from .packed_attention import FLEX, SEGMENTS, packed_masks
 from .positions import ARGUMENT as POSITIONS
 from .positions import Positions
-from .predecessors import predecessors_of
+from .predecessors import Predecessors, predecessors_of
 from .settings import GatedParts
 from .sinks import ARGUMENT as IN_LAYOUT
+
+
+class RowShard(Protocol):
+    """What a forward over some columns of a row must know of the rest, which other processes have."""
+
+    @property
+    def key(self) -> Layout:
+        """(R, K) the keys that attention gathers."""
+
+    def predecessors(self, past: int) -> Predecessors:
+        """For convolutions that read `past` tokens of the past."""
 
 
 class LayoutModel:
@@ -67,7 +78,12 @@ class LayoutModel:
         return self.gated
 
     def hidden_states(
-        self, input_ids: Tensor, layout: Layout, cache: TidarCache | None = None, key: Layout | None = None
+        self,
+        input_ids: Tensor,
+        layout: Layout,
+        cache: TidarCache | None = None,
+        key: Layout | None = None,
+        shard: RowShard | None = None,
     ) -> Tensor:
         """One forward of the decoder, without the head.
 
@@ -76,6 +92,7 @@ class LayoutModel:
             layout: of (R, N).
             cache: of a decoding; the forward's states are written behind its committed tokens.
             key: layout of all that the cache holds and of these tokens, (R, K); None: `cache.committed` tokens of text.
+            shard: where other processes have the rest of the rows; attention then gathers its keys itself.
 
         Returns:
             (R, N, hidden) after the final norm.
@@ -83,7 +100,9 @@ class LayoutModel:
         self.layout = layout
         committed = cache.committed if cache is not None else 0
         joined = key
-        if key is None:
+        if shard is not None:
+            key = shard.key
+        elif key is None:
             key = with_committed(layout, committed) if committed else layout
         masks: Any
         if isinstance(key, PackedLayout) and self.config._attn_implementation in (FLEX, SEGMENTS):
@@ -93,7 +112,9 @@ class LayoutModel:
         if self.family.mixing != "attention":
             name, past = _convolution_past(self.family, self.config)
             assert isinstance(masks, dict)
-            if joined is None:
+            if shard is not None:
+                masks[name] = shard.predecessors(past)
+            elif joined is None:
                 masks[name] = predecessors_of(layout, past, cache)
             else:
                 held = joined.num_tokens - layout.num_tokens

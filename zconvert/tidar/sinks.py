@@ -54,7 +54,7 @@ def sdpa_with_sinks(
     """
     if not options.pop(ARGUMENT, False):
         options |= {"scaling": scaling, "dropout": dropout, "s_aux": s_aux}
-        return _stock(module)(module, query, key, value, attention_mask, **options)
+        return stock_attention(module)(module, query, key, value, attention_mask, **options)
     rows, heads, length = query.shape[:3]
     groups = heads // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
@@ -67,7 +67,7 @@ def sdpa_with_sinks(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _stock(module: Any) -> Any:
+def stock_attention(module: Any) -> Any:
     """The eager attention of the layer's own modelling code."""
     for kind in type(module).__mro__:
         function = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)

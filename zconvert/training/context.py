@@ -59,9 +59,14 @@ class ContextExtension:
         self.original_len = original_length(config, self.change)
         self.changes = config_changes(config, self.change)
 
+    def make_source(self) -> None:
+        """Makes the folder behind `source`; one process does."""
+        extended(self.original, self.change, self.run_dir / _VIEW)
+
+    @property
     def source(self) -> Source:
         """The checkpoint with its positions changed, as a folder of links in the run's folder."""
-        return extended(self.original, self.change, self.run_dir / _VIEW)
+        return Source(self.run_dir / _VIEW, self.original.name, self.original.revision)
 
     def choose(self, documents: Documents, seed: int) -> Documents:
         """The training documents: see `prefer_long`."""

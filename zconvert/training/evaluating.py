@@ -61,8 +61,8 @@ class Evaluator(Observer):
             found = {"step": trainer.step, **self._losses(trainer)}
             if self.prompts:
                 plan = DecodePlan.tidar(trainer.settings, Sampling(0.0), self.eos_token_ids)
-                found["tokens_per_forward"] = tokens_per_forward(
-                    trainer.layout_model, self.prompts, plan, self.new_tokens
+                found["tokens_per_forward"] = trainer.alone(
+                    lambda: tokens_per_forward(trainer.layout_model, self.prompts, plan, self.new_tokens)
                 )
         return found
 

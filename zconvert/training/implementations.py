@@ -26,6 +26,12 @@ def choose_implementations(model: LayoutModel, recipe: TrainingRecipe, device: t
         UserError: what the recipe wants cannot be had.
     """
     experts = choose_experts(model, recipe.experts_implementation, autocast=recipe.dtype == "bfloat16")
+    if recipe.parallel.context_parallel > 1:  # attention gathers its keys by itself, and has its own implementation
+        if recipe.attention == "flex":
+            raise UserError(
+                "attention: flex does not work with parallel.context_parallel", fix="set attention to auto or sdpa"
+            )
+        return "attention: keys gathered, with the mask of this process's queries", experts
     return choose_attention(model, recipe.attention, device), experts
 
 

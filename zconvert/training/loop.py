@@ -16,25 +16,32 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from zconvert.checkpoint.folder import writing
 from zconvert.data.packing import Batch, PackedRows
 from zconvert.errors import UserError
 from zconvert.recipe import TrainingRecipe
-from zconvert.tidar.generate import layout_model_of
 from zconvert.tidar.settings import TidarSettings
 from zconvert.training.implementations import checkpoint_activations
 from zconvert.training.objective import LossSums, Targets, expected_accepted, packed_losses, scored_tokens
 from zconvert.training.observers import Observer
 from zconvert.training.optimizer import make_optimizer, set_learning_rate
+from zconvert.training.parallel import Parallel
 from zconvert.training.schedule import learning_rate_factor
-from zconvert.training.slots import draw_slots
+from zconvert.training.slots import draw_slots, random_offsets, row_generators
 from zconvert.training.state import load_latest, load_state, save_state
 
 METRICS_FILE = "metrics.jsonl"
+T = TypeVar("T")
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 @dataclass(frozen=True)
@@ -74,10 +81,16 @@ class _Window:
 
 
 class Trainer:
-    """One run of one stage in one process."""
+    """One run of one stage, as one of its processes goes through it."""
 
     def __init__(
-        self, model: Any, rows: PackedRows, recipe: TrainingRecipe, settings: TidarSettings, on_progress: OnProgress
+        self,
+        model: Any,
+        rows: PackedRows,
+        recipe: TrainingRecipe,
+        settings: TidarSettings,
+        on_progress: OnProgress,
+        parallel: Parallel | None = None,
     ) -> None:
         """Sets up the optimizer; nothing is read or written yet.
 
@@ -87,21 +100,22 @@ class Trainer:
             recipe: of the stage.
             settings: of the checkpoint that is trained.
             on_progress: is told of every logged step.
+            parallel: the run's processes, which `model` was loaded by; by default there is one.
         """
+        self.parallel = parallel or Parallel()
         self.model, self.rows, self.recipe, self.settings = model, rows, recipe, settings
-        self.layout_model = layout_model_of(model)
+        self.layout_model = self.parallel.layout_model(model, gated=settings.mode == "gated")
         self.gated = self.layout_model.gated
         self.trained: Any = model if self.gated is None else self.gated
         """what moves, and what a train state holds of the model"""
-        if self.gated is not None:
-            model.requires_grad_(False)
         self.on_progress = on_progress
         self.run_dir = Path(recipe.output_dir)
         self.observers: list[Observer] = []
         """asked after each step, in this order"""
+        self.save_checkpoint: Callable[[Path], None] | None = None
+        """writes a checkpoint that others can load, called in every process; see `checkpoint_steps`"""
         self.step = 0
         self.optimizer = make_optimizer(self.trained.named_parameters(), recipe)
-        self._offsets = torch.Generator().manual_seed(recipe.seed)
         self._window = self._new_window()
 
     def run(self) -> None:
@@ -116,20 +130,26 @@ class Trainer:
         self.trained.train()  # a frozen source stays in evaluation mode: nothing of it is drawn at random
         if recipe.gradient_checkpointing:
             checkpoint_activations(self.layout_model)
+        saved_at = time.monotonic()
         with _signals() as received, self._metrics_file() as metrics_file:
             while self.step < recipe.max_steps:
                 self._train_step()
                 for observer in self.observers:
                     self._window.extras |= observer.on_step(self) or {}
-                stopping = received[0] if received else None
+                late = recipe.save_minutes is not None and time.monotonic() - saved_at > 60 * recipe.save_minutes
+                stopping, late = self._agreed(received, late)
                 last = self.is_last
                 if self.logs_now:
                     metrics = self._take_metrics()
-                    with writing(self.run_dir / METRICS_FILE):
-                        metrics_file.write((json.dumps(metrics) + "\n").encode())
+                    if metrics_file is not None:
+                        with writing(self.run_dir / METRICS_FILE):
+                            metrics_file.write((json.dumps(metrics) + "\n").encode())
                     self.on_progress(Progress(metrics=metrics))
-                if self.step % recipe.save_steps == 0 or last or stopping is not None:
-                    save_state(self.run_dir, self.step, self._state(), recipe.save_total_limit)
+                if self.step % recipe.save_steps == 0 or last or late or stopping is not None:
+                    self._save_state()
+                    saved_at = time.monotonic()
+                if recipe.checkpoint_steps and self.step % recipe.checkpoint_steps == 0 and not last:
+                    self._save_checkpoint()
                 if stopping is not None and not last:
                     raise Interrupted(stopping, self.step)
 
@@ -143,61 +163,113 @@ class Trainer:
         """Whether the step just done gets a row of metrics."""
         return self.step % self.recipe.logging_steps == 0 or self.is_last
 
+    def _agreed(self, received: list[int], late: bool) -> tuple[int | None, bool]:
+        """What a signal or the clock tells any process, all do after the same step."""
+        interrupts, terminations, lates = self.parallel.sum(
+            [float(signal.SIGINT in received), float(signal.SIGTERM in received), float(late)]
+        )
+        stopping = signal.SIGTERM if terminations else signal.SIGINT if interrupts else None
+        return stopping, bool(lates)
+
+    def _save_checkpoint(self) -> None:
+        folder = self.run_dir / f"checkpoint-{self.step}"
+        # A run that resumed behind it has it already, and would write the same.
+        if self.save_checkpoint is not None and not self.parallel.gather(folder.exists())[0]:
+            self.parallel.rest(self.model)
+            self.save_checkpoint(folder)
+
     def _train_step(self) -> None:
-        recipe, started = self.recipe, time.perf_counter()
+        recipe, parallel, started = self.recipe, self.parallel, time.perf_counter()
         device = self.layout_model.device
         batches = [self.rows.next_batch().to(device) for _ in range(recipe.gradient_accumulation_steps)]
         # Counts of the whole step first: each micro-batch's sums are divided by them.
-        places = [self._place_slots(batch) for batch in batches]
+        places = [self._place_slots(batch, number) for number, batch in enumerate(batches)]
         targets = [Targets.of(batch, slots) for batch, (_, slots) in zip(batches, places, strict=True)]
-        ar_count = sum(int(t.ar.sum()) for t in targets)
-        diffusion_count = sum(int(t.diffusion.sum()) for t in targets)
+        counts = parallel.sum([sum(int(t.ar.sum()) for t in targets), sum(int(t.diffusion.sum()) for t in targets)])
+        ar_count, diffusion_count = (int(count) // parallel.context for count in counts)
         if not diffusion_count:
             raise UserError(f"step {self.step + 1} has no scored token", fix="check the data's loss masks")
         window, alpha = self._window, self.alpha
+        # This process's part of what is summed over all after the step.
+        sums = {"ar": 0.0, "diffusion": 0.0}
+        slot_correct, slot_count = torch.zeros(2, self.settings.block_size, dtype=torch.int64, device=device)
         self.optimizer.zero_grad(set_to_none=True)
-        for batch, (offset, slots) in zip(batches, places, strict=True):
-            with self.autocast():
-                sums = self.losses_of(batch, offset, slots)
-            loss = (alpha * sums.ar / max(1, ar_count) + sums.diffusion / diffusion_count) / (1 + alpha)
-            for observer in self.observers:
-                extra = observer.extra_loss()
-                if extra is not None:
-                    loss = loss + extra / recipe.gradient_accumulation_steps
+        for number, (batch, (offset, slots)) in enumerate(zip(batches, places, strict=True)):
+            parallel.sync_gradients(self.model, last=number == len(batches) - 1)
+            part, extra = self._forward(batch, offset, slots)
+            loss = (alpha * part.ar / max(1, ar_count) + part.diffusion / diffusion_count) / (1 + alpha)
+            if extra is not None:  # a mean over each process's tokens
+                loss = loss + extra / (recipe.gradient_accumulation_steps * parallel.loss_scale)
             if not math.isfinite(loss.item()):
                 raise UserError(
                     f"the loss is {loss.item()} at step {self.step + 1}",
                     expected="a finite number",
                     fix=f"lower learning_rate or max_grad_norm; the newest state in {self.run_dir} is unharmed",
                 )
-            loss.backward()
+            (loss * parallel.loss_scale).backward()
             self.layout_model.release_gate()
-            window.ar += sums.ar.item()
-            window.diffusion += sums.diffusion.item()
-            for total, new in ((window.slot_correct, sums.slot_correct), (window.slot_count, sums.slot_count)):
-                total[:] = [a + b for a, b in zip(total, new.tolist(), strict=True)]
-        window.grad_norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), recipe.max_grad_norm).item()
+            sums["ar"] += part.ar.item()
+            sums["diffusion"] += part.diffusion.item()
+            slot_correct += part.slot_correct
+            slot_count += part.slot_count
+        parallel.average_gradients(self.trained.parameters())
+        window.grad_norm = parallel.clip_gradients(self.trained.parameters(), recipe.max_grad_norm)
         set_learning_rate(self.optimizer, self._learning_rate())
         self.optimizer.step()
         self.step += 1
+        totals = parallel.sum([*sums.values(), *slot_correct.tolist(), *slot_count.tolist()])
+        window.ar += totals[0]
+        window.diffusion += totals[1]
+        block_size = self.settings.block_size
+        for window_total, new in (
+            (window.slot_correct, totals[2 : 2 + block_size]),
+            (window.slot_count, totals[2 + block_size :]),
+        ):
+            window_total[:] = [a + int(b) for a, b in zip(window_total, new, strict=True)]
         window.ar_count += ar_count
         window.diffusion_count += diffusion_count
-        window.tokens += sum(batch.input_ids.numel() for batch in batches)
+        window.tokens += sum(batch.input_ids.numel() for batch in batches) * parallel.data_world
         window.seconds += time.perf_counter() - started
 
-    def _place_slots(self, batch: Batch) -> tuple[torch.Tensor | int, torch.Tensor | None]:
+    def _place_slots(self, batch: Batch, micro_batch: int) -> tuple[torch.Tensor | int, torch.Tensor | None]:
         """The phase of a batch's blocks, and which tokens have a mask slot; None: all."""
         block_size, diffusion = self.settings.block_size, self.recipe.diffusion
+        # Numbers of these rows among all rows of the run, whichever process has them: they draw the same anywhere.
+        rows, parallel = batch.input_ids.shape[0], self.parallel
+        done = (self.step * self.recipe.gradient_accumulation_steps + micro_batch) * parallel.data_world
+        first = (done + parallel.data_rank) * rows
+        generators = row_generators(self.recipe.seed, range(first, first + rows))
         offset: torch.Tensor | int = 0
         if diffusion.block_offset == "random":
-            offset = random_offsets(batch.document_ids, block_size, self._offsets)
+            offset = random_offsets(batch.document_ids, block_size, generators)
         if diffusion.diffusion_fraction == 1.0:
             return offset, None
         scored, fraction = scored_tokens(batch), diffusion.diffusion_fraction
-        return offset, draw_slots(batch.document_ids, scored, block_size, offset, fraction, self._offsets)
+        return offset, draw_slots(batch.document_ids, scored, block_size, offset, fraction, generators)
 
-    def losses_of(self, batch: Batch, offset: torch.Tensor | int = 0, slots: torch.Tensor | None = None) -> LossSums:
-        """Both losses of a batch on the model's device, as this run trains on them."""
+    def _forward(
+        self, batch: Batch, offset: torch.Tensor | int, slots: torch.Tensor | None
+    ) -> tuple[LossSums, torch.Tensor | None]:
+        """The losses of a batch, and what observers add to them."""
+
+        def forward() -> dict[str, Any]:
+            with self.autocast():
+                sums = self._sums(batch, offset, slots)
+            extras = [extra for observer in self.observers if (extra := observer.extra_loss()) is not None]
+            return {**vars(sums), **({"extra": torch.stack(extras).sum()} if extras else {})}
+
+        found = self.parallel.run(self.model, forward)
+        return LossSums(**{name: found[name] for name in LossSums.__annotations__}), found.get("extra")
+
+    def losses_of(self, batch: Batch) -> LossSums:
+        """Both losses of a batch on the model's device, as this run trains on them; every process calls it."""
+        return LossSums(**self.parallel.run(self.model, lambda: vars(self._sums(batch, 0, None))))
+
+    def alone(self, action: Callable[[], T]) -> T:
+        """See `Parallel.alone`."""
+        return self.parallel.alone(self.layout_model, action)
+
+    def _sums(self, batch: Batch, offset: torch.Tensor | int, slots: torch.Tensor | None) -> LossSums:
         return packed_losses(
             self.layout_model,
             batch,
@@ -207,6 +279,7 @@ class Trainer:
             slots=slots,
             objective=self.recipe.diffusion.objective or ("data" if self.gated is None else "forward_kl"),
             loss_chunk_size=self.recipe.loss_chunk_size,
+            context=self.parallel.context_parallel,
         )
 
     def autocast(self) -> torch.autocast:
@@ -255,45 +328,64 @@ class Trainer:
             **window.extras,
         }
 
-    def _state(self) -> dict[str, Any]:
-        return {
+    def _save_state(self) -> None:
+        self.parallel.rest(self.model)
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        numbers = {
             "step": self.step,
-            "model": self.trained.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "data": self.rows.state_dict(),
-            "offsets": self._offsets.get_state(),
-            "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "random": self.parallel.gather((torch.get_rng_state(), cuda)),
             "window": vars(self._window),
             "observers": [observer.state_dict() for observer in self.observers],
         }
+        optimizer = {name: value for name, value in self._optimizer_state().items() if isinstance(value, torch.Tensor)}
+        tensors = {**_named("model.", self._weights()), **_named("optimizer.", optimizer)}
+        save_state(self.run_dir, self.step, numbers, tensors, self.recipe.save_total_limit, self.parallel)
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """What a state holds of the model; tied weights once. They share the model's memory."""
+        seen: dict[int, str] = {}
+        tensors = self.trained.state_dict(keep_vars=True)
+        return {name: t.detach() for name, t in tensors.items() if seen.setdefault(id(t), name) == name}
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        """By names of parameters, so that it does not depend on how they are grouped."""
+        return get_optimizer_state_dict(self.trained, self.optimizer, options=_FLAT)
 
     def _resume(self) -> None:
         wanted = self.recipe.resume_from_checkpoint
         if wanted == "never":
             return
         if wanted == "auto":
-            state = load_latest(self.run_dir, lambda text: self.on_progress(Progress(message=f"warning: {text}")))
+            warn = lambda text: self.on_progress(Progress(message=f"warning: {text}"))  # noqa: E731
+            state = load_latest(self.run_dir, warn, self.parallel)
         else:
-            state = load_state(Path(wanted))
+            state = load_state(Path(wanted), self.parallel)
         if state is None:
             return
-        self.trained.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.rows.load_state_dict(state["data"])
-        self._offsets.set_state(state["offsets"])
-        torch.set_rng_state(state["torch_rng"])
-        if state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
-        self.step = state["step"]
-        self._window = _Window(**state["window"])
-        for observer, observed in zip(self.observers, state["observers"], strict=True):
+        numbers = state.numbers
+        self.rows.load_state_dict(numbers["data"])
+        optimizer = self._optimizer_state()
+        moments = {name: value for name, value in optimizer.items() if isinstance(value, torch.Tensor)}
+        state.read_into({**_named("model.", self._weights()), **_named("optimizer.", moments)}, self.parallel)
+        set_optimizer_state_dict(self.trained, self.optimizer, optimizer, options=_FLAT)
+        self.step = numbers["step"]
+        self._window = _Window(**numbers["window"])
+        for observer, observed in zip(self.observers, numbers["observers"], strict=True):
             observer.load_state_dict(observed)
+        if len(numbers["random"]) == self.parallel.world:
+            cpu, cuda = numbers["random"][self.parallel.rank]
+            torch.set_rng_state(cpu)
+            if cuda is not None:
+                torch.cuda.set_rng_state(cuda)
         self.on_progress(Progress(message=f"continuing after step {self.step}"))
 
     @contextmanager
     def _metrics_file(self) -> Iterator[Any]:
-        """metrics.jsonl, open for appending, without the rows of steps that will be done again."""
+        """metrics.jsonl, open for appending, without the rows of steps that will be done again; the first process's."""
+        if not self.parallel.first:
+            yield None
+            return
         path = self.run_dir / METRICS_FILE
         kept = []
         if path.exists():
@@ -313,12 +405,8 @@ class Trainer:
             yield file
 
 
-def random_offsets(document_ids: torch.Tensor, block_size: int, generator: torch.Generator) -> torch.Tensor:
-    """(R, T) block phases in 0 … B-1, one drawn for each document."""
-    documents, place = document_ids.unique(return_inverse=True)
-    rows = document_ids.shape[0]
-    drawn = torch.randint(block_size, (rows, len(documents)), generator=generator).to(document_ids.device)
-    return drawn.gather(1, place)
+def _named(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 @contextmanager

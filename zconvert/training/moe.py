@@ -37,7 +37,12 @@ class MoeObserver(Observer):
     """Watches and balances the routers of a model with experts."""
 
     def __init__(
-        self, model: LayoutModel, section: MoeSection, probe: Batch, on_message: Callable[[str], None]
+        self,
+        model: LayoutModel,
+        section: MoeSection,
+        probe: Batch,
+        on_message: Callable[[str], None],
+        alone: Callable[[Callable[[], Tensor]], Tensor] = lambda action: action(),
     ) -> None:
         """Freezes the routers where asked, and notes what base_model chooses on the probe.
 
@@ -46,8 +51,9 @@ class MoeObserver(Observer):
             section: of the recipe.
             probe: rows on which drift is measured; their clean tokens are routed.
             on_message: told what is on and off, once.
+            alone: runs the model over whole rows where several processes share it (`Trainer.alone`).
         """
-        self.model, self.section, self.probe, self.say = model, section, probe, on_message
+        self.model, self.section, self.probe, self.say, self.alone = model, section, probe, on_message, alone
         self.watch = RouterWatch(model)
         trained = model.gated is None and section.router == "train"
         if model.gated is None and section.router == "freeze":
@@ -142,7 +148,7 @@ class MoeObserver(Observer):
         layout = clean_half(packed_layout(probe.document_ids, 2))
         # In evaluation mode: some routers draw at random in training.
         with evaluating(self.model), self.watch.choices() as chosen, torch.no_grad():
-            self.model.hidden_states(probe.input_ids, layout)
+            self.alone(lambda: self.model.hidden_states(probe.input_ids, layout))
         return chosen
 
     def _what_is_on(self, trained: bool) -> Sequence[str]:

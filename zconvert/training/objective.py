@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zconvert.tidar.cache import CleanStates
-from zconvert.tidar.layout import NO_SLOT, PADDING, PackedLayout, packed_layout
+from zconvert.tidar.layout import NO_SLOT, PADDING, Layout, PackedLayout, packed_layout
 from zconvert.tidar.model import LayoutModel
+from zconvert.training.context_parallel import ContextParallel
 from zconvert.training.loss import cross_entropy_sum, divergence_sum
 
 if TYPE_CHECKING:  # the losses run where what reads recipes and data is not installed (benchmarks/step_time.py)
@@ -83,6 +84,7 @@ def packed_losses(
     slots: Tensor | None = None,
     objective: Literal["data", "forward_kl"] = "data",
     loss_chunk_size: int | None = None,
+    context: ContextParallel | None = None,
 ) -> LossSums:
     """Runs packed rows of T + M tokens and sums both losses.
 
@@ -97,24 +99,36 @@ def packed_losses(
             distribution from the AR one of the same position, which is held fixed; the first token of a document,
             which AR does not predict, is learnt from the data.
         loss_chunk_size: logits are made for so many tokens at a time; None: see training/loss.py.
+        context: the processes that share the rows; each then sums over its own tokens. Then every token has a slot.
 
     Returns:
         Sums, not means. With forward_kl a slot is right where its likeliest token is AR's.
     """
     ids, length = batch.input_ids, batch.input_ids.shape[1]
-    layout = packed_layout(batch.document_ids, block_size, offset, slots)
-    slot_ids = _at(ids, slots)
-    clean, masked = hidden_halves(model, ids, torch.full_like(slot_ids, mask_token_id), layout)
-    targets = Targets.of(batch, slots)
-    next_ids = F.pad(ids[:, 1:], (0, 1))
+    whole = packed_layout(batch.document_ids, block_size, offset, slots)
+    layout: Layout = whole
+    slot_ids, targets, next_ids = _at(ids, slots), Targets.of(batch, slots), F.pad(ids[:, 1:], (0, 1))
+    shard = None if context is None else context.shard(whole)
+    if shard is None:
+        clean, masked = hidden_halves(model, ids, torch.full_like(slot_ids, mask_token_id), whole)
+    else:
+        row = torch.cat([ids, torch.full_like(ids, mask_token_id)], dim=1).gather(1, shard.columns)
+        hidden = model.hidden_states(row, shard.layout, shard=shard)
+        clean, masked = hidden[:, : shard.num_clean], hidden[:, shard.num_clean :]
+        layout, length = shard.layout, shard.num_clean
+        targets = Targets(shard.of_clean(targets.ar), shard.of_slots(targets.diffusion))
+        next_ids, slot_ids = shard.of_clean(next_ids), shard.of_slots(ids)
     ar, _ = cross_entropy_sum(model, clean[targets.ar], next_ids[targets.ar], loss_chunk_size)
     slot_hidden, labels = masked[targets.diffusion], slot_ids[targets.diffusion]
     if objective == "data":
         diffusion, correct = cross_entropy_sum(model, slot_hidden, labels, loss_chunk_size)
     else:
-        before = _at(F.pad(clean[:, :-1].detach(), (0, 0, 1, 0)), slots)[targets.diffusion]
+        states = clean.detach()
+        before = _at(F.pad(states[:, :-1], (0, 0, 1, 0)), slots) if shard is None else shard.before_slots(states)
         starts = (layout.position_ids[:, length:] == 0)[targets.diffusion]
-        diffusion, correct = divergence_sum(model, slot_hidden, before, labels, starts, loss_chunk_size)
+        diffusion, correct = divergence_sum(
+            model, slot_hidden, before[targets.diffusion], labels, starts, loss_chunk_size
+        )
     places = (layout.position_ids - layout.clean_limit)[:, length:][targets.diffusion]
     return LossSums(
         ar=ar,

@@ -176,7 +176,7 @@ class RouterWatch:
         """(count,) bool each, of the tokens that a router saw: is a mask slot; is no padding."""
         layout = self.model.layout
         assert layout is not None
-        masked, real = layout.is_masked, layout.document_ids != PADDING
+        masked, real = layout.is_masked, layout.document_ids > PADDING
         if count != masked.numel():  # the diffusion expert replaces the routed ones: mask slots do not come here
             clean = layout.first_slot
             masked, real = masked[:, :clean], real[:, :clean]

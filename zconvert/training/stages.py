@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +14,19 @@ import torch
 from zconvert.checkpoint.folder import writing
 from zconvert.checkpoint.load import end_token_ids, load_model, load_tokenizer
 from zconvert.checkpoint.source import Source, fingerprint, require_converted, resolve
-from zconvert.checkpoint.weights import save_gated, save_trained
+from zconvert.checkpoint.weights import pieces_on_disk, save_gated, save_trained
 from zconvert.data.documents import Documents
 from zconvert.data.loading import first_example, load_documents, load_stream, read_template
 from zconvert.data.packing import PackedRows
 from zconvert.data.self_generated import Writer
 from zconvert.errors import UserError
 from zconvert.recipe import ExtendContextRecipe, TrainingRecipe, dump_recipe
-from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.settings import TidarSettings
 from zconvert.training.context import ContextExtension
 from zconvert.training.implementations import choose_implementations
-from zconvert.training.loop import OnProgress, Progress, Trainer
+from zconvert.training.loop import Interrupted, OnProgress, Progress, Trainer
+from zconvert.training.observers import Observer
+from zconvert.training.parallel import Parallel
 from zconvert.training.quantised import pack
 from zconvert.training.trackers import Trackers
 from zconvert.training.watching import observers_of
@@ -32,12 +35,13 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 """transformers reads it before what tokenizer_config.json says"""
 
 
-def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
+def train(recipe: TrainingRecipe, on_progress: OnProgress, observers: Sequence[Observer] = ()) -> Path:
     """Runs a training stage on a converted checkpoint.
 
     Args:
         recipe: of the stage.
-        on_progress: is told what happens.
+        on_progress: is told what happens, in the first process.
+        observers: look on beside those that the recipe asks for.
 
     Returns:
         The new checkpoint's folder, `output_dir/checkpoint`.
@@ -46,6 +50,8 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
         UserError: bad input; nothing is half-written.
         Interrupted: a signal came; the same call continues.
     """
+    parallel = Parallel(recipe.parallel)
+    report = on_progress if parallel.first else _say_nothing
     run_dir = Path(recipe.output_dir)
     final = run_dir / "checkpoint"
     if final.exists():
@@ -56,46 +62,73 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress) -> Path:
     trackers = Trackers(recipe)
     source = resolve(recipe.base_model, revision=recipe.revision)
     settings = require_converted(source)
+    _check_parallel(recipe, settings)
     if recipe.num_threads is not None:
         torch.set_num_threads(recipe.num_threads)
-    torch.manual_seed(recipe.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(recipe.seed + parallel.rank)  # dropout, if there is any, drops other units elsewhere
     extension = None
     if isinstance(recipe, ExtendContextRecipe):
         extension = ContextExtension(source, settings, recipe.context, run_dir)
-        _report_before(extension, recipe, device, on_progress)
-        source = extension.source()
-    model, tokenizer = _load(source, settings, recipe, device, on_progress)
-    _write_recipe(run_dir, recipe)
-    rows = _read_rows(recipe, source, settings, model, tokenizer, extension, on_progress)
+        _report_before(extension, recipe, parallel, report)
+        if parallel.first:
+            extension.make_source()
+        parallel.gather(None)  # it is there when any process goes on
+        source = extension.source
+    model, tokenizer = _load(source, settings, recipe, parallel, report)
+    if parallel.first:
+        _write_recipe(run_dir, recipe)
+    rows = _read_rows(recipe, source, settings, model, tokenizer, extension, parallel, report)
 
     def tell(progress: Progress) -> None:
-        if progress.metrics is not None:
+        if progress.metrics is not None and parallel.first:
             trackers.log(progress.metrics)
-        on_progress(progress)
+        report(progress)
 
-    trainer = Trainer(model, rows, recipe, settings, tell)
-    for line in choose_implementations(trainer.layout_model, recipe, device):
-        on_progress(Progress(message=line))
-    trainer.observers += observers_of(trainer, tokenizer)
-    try:
-        trainer.run()
-    finally:
-        trackers.finish()
-    if extension is not None:
-        extension.report_after(trainer.layout_model, _measured_documents(recipe, tokenizer))
-    on_progress(Progress(message=f"writing {final}"))
+    trainer = Trainer(model, rows, recipe, settings, tell, parallel)
+    for line in choose_implementations(trainer.layout_model, recipe, parallel.device):
+        report(Progress(message=line))
+    trainer.observers += [*observers_of(trainer, tokenizer), *observers]
     trained = dataclasses.replace(
         settings, block_offset=recipe.diffusion.block_offset, stages=(*settings.stages, recipe.stage)
     )
     # Whoever talks to the new checkpoint writes conversations as it was trained on them.
     texts = {CHAT_TEMPLATE_FILE: template} if (template := read_template(recipe)) is not None else {}
-    if trainer.gated is not None:
-        save_gated(trainer.gated, source.folder, final, settings=trained, extra_texts=texts)
-    else:
-        save_trained(model, source.folder, final, settings=trained, dtype=recipe.save_dtype, extra_texts=texts)
+
+    def save_checkpoint(folder: Path) -> None:
+        report(Progress(message=f"writing {folder}"))
+        pieces = pieces_on_disk(model, parallel.gathered) if trainer.gated is None else iter(())
+        if not parallel.first:
+            collections.deque(pieces, maxlen=0)  # every process gives its shards
+        elif trainer.gated is not None:
+            save_gated(trainer.gated, source.folder, folder, settings=trained, extra_texts=texts)
+        else:
+            save_trained(
+                model,
+                source.folder,
+                folder,
+                settings=trained,
+                dtype=recipe.save_dtype,
+                extra_texts=texts,
+                pieces=pieces,
+            )
+        parallel.gather(None)  # it is there when any process goes on
+
+    trainer.save_checkpoint = save_checkpoint
+    try:
+        trainer.run()
+    except Interrupted:  # all processes together
+        parallel.close()
+        raise
+    finally:
+        trackers.finish()
+    if extension is not None:
+        after = extension
+        measured = _measured_documents(recipe, tokenizer)
+        trainer.alone(lambda: after.report_after(trainer.layout_model, measured))
+    save_checkpoint(final)
     if extension is not None:
         extension.close()
+    parallel.close()
     return final
 
 
@@ -105,15 +138,15 @@ def example(recipe: TrainingRecipe) -> tuple[str, list[tuple[str, bool]]]:
 
 
 def _load(
-    source: Source, settings: TidarSettings, recipe: TrainingRecipe, device: torch.device, on_progress: OnProgress
+    source: Source, settings: TidarSettings, recipe: TrainingRecipe, parallel: Parallel, report: OnProgress
 ) -> tuple[Any, Any]:
     """The model to train, on its device, and its tokenizer."""
     if recipe.quantization is None:
-        model, tokenizer = load_model(source, dtype="float32", device=device.type)
+        model, tokenizer = parallel.load(source)
     else:
         _require_gated(source, settings)
         model, tokenizer = load_model(source, device="cpu")
-        on_progress(Progress(message=str(pack(model, recipe.quantization, device))))
+        report(Progress(message=str(pack(model, recipe.quantization, parallel.device))))
     model.config.use_cache = False
     return model, tokenizer
 
@@ -125,9 +158,10 @@ def _read_rows(
     model: Any,
     tokenizer: Any,
     extension: ContextExtension | None,
-    on_progress: OnProgress,
+    parallel: Parallel,
+    report: OnProgress,
 ) -> PackedRows:
-    on_progress(Progress(message=f"reading {', '.join(dataset.label for dataset in recipe.datasets)}"))
+    report(Progress(message=f"reading {', '.join(dataset.label for dataset in recipe.datasets)}"))
     generating = any(dataset.self_generated is not None for dataset in recipe.datasets)
     documents = load_stream(
         recipe,
@@ -135,7 +169,7 @@ def _read_rows(
         vocabulary_rows=model.get_input_embeddings().weight.shape[0],
         writer=_writer(source, model, tokenizer, settings) if generating else None,
         choose=None if extension is None else lambda documents: extension.choose(documents, recipe.seed),
-        on_message=lambda text: on_progress(Progress(message=text)),
+        on_message=lambda text: report(Progress(message=text)),
     )
     return PackedRows(
         documents,
@@ -144,6 +178,8 @@ def _read_rows(
         seed=recipe.seed,
         sample_packing=recipe.sample_packing,
         pad_token_id=tokenizer.pad_token_id or 0,
+        rank=parallel.data_rank,
+        world=parallel.data_world,
     )
 
 
@@ -157,16 +193,16 @@ def _writer(source: Source, model: Any, tokenizer: Any, settings: TidarSettings)
     )
 
 
-def _report_before(
-    extension: ContextExtension, recipe: TrainingRecipe, device: torch.device, on_progress: OnProgress
-) -> None:
+def _report_before(extension: ContextExtension, recipe: TrainingRecipe, parallel: Parallel, report: OnProgress) -> None:
     """Measures base_model as it is, with its old positions."""
-    on_progress(Progress(message=f"config.json changes: {json.dumps(extension.changes)}"))
-    model, tokenizer = load_model(extension.original, dtype="float32", device=device.type)
+    report(Progress(message=f"config.json changes: {json.dumps(extension.changes)}"))
+    model, tokenizer = parallel.load(extension.original)
     measured_on = ", ".join(dataset.label for dataset in recipe.evaluation.datasets or recipe.datasets)
     documents = _measured_documents(recipe, tokenizer)
-    _write_recipe(Path(recipe.output_dir), recipe)
-    extension.report_before(lambda: LayoutModel(model), documents, measured_on)
+    if parallel.first:
+        _write_recipe(Path(recipe.output_dir), recipe)
+    made = parallel.layout_model(model, gated=False)
+    parallel.alone(made, lambda: extension.report_before(lambda: made, documents, measured_on))
 
 
 def _measured_documents(recipe: TrainingRecipe, tokenizer: Any) -> Documents:
@@ -177,6 +213,30 @@ def _measured_documents(recipe: TrainingRecipe, tokenizer: Any) -> Documents:
         sequence_len=recipe.sequence_len,
         chat_template=read_template(recipe),
     )
+
+
+def _check_parallel(recipe: TrainingRecipe, settings: TidarSettings) -> None:
+    """What several processes cannot share yet, and rows that cannot be cut among them."""
+    # Rows are cut into twice as many chunks as there are processes to share them; none is shorter than a block.
+    chunks = 2 * recipe.parallel.context_parallel
+    if chunks == 2:
+        return
+    if recipe.sequence_len % chunks or recipe.sequence_len // chunks < max(4, settings.block_size):
+        raise UserError(
+            f"sequence_len is {recipe.sequence_len} with parallel.context_parallel {chunks // 2}",
+            expected=f"a multiple of {chunks}, and at least {chunks * max(4, settings.block_size)}",
+            fix="change sequence_len, or let fewer processes share a row",
+        )
+    if recipe.diffusion.diffusion_fraction < 1:
+        raise UserError(
+            f"diffusion.diffusion_fraction is {recipe.diffusion.diffusion_fraction:g} with parallel.context_parallel",
+            expected="1, where processes share a row: its slots are dealt out with its tokens",
+            fix="set diffusion.diffusion_fraction or parallel.context_parallel to 1",
+        )
+
+
+def _say_nothing(_progress: Progress) -> None:
+    pass
 
 
 def _require_gated(source: Source, settings: TidarSettings) -> None:

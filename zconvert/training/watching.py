@@ -28,7 +28,7 @@ def observers_of(trainer: Trainer, tokenizer: Any) -> list[Observer]:
 
     observers: list[Observer] = []
     if routers_of(model.decoder):
-        observers.append(MoeObserver(model, recipe.moe, _probe(trainer), say))
+        observers.append(MoeObserver(model, recipe.moe, _probe(trainer), say, trainer.alone))
     if recipe.evaluation.datasets:
         observers.append(_evaluator(trainer, tokenizer))
     return observers

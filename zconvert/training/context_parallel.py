@@ -1,0 +1,260 @@
+"""Context parallelism: neighbouring processes share the tokens of a row.
+
+The row's T clean tokens are cut into 2P chunks; process r of P has chunks r and 2P-1-r, so that all have as much to
+attend to. A block's mask slots are where its first slot's position is, whole blocks always. For P = 2:
+
+    clean    | 0 | 1 | 2 | 3 |        process 0: chunks 0 and 3, and the blocks that start there
+                                      process 1: chunks 1 and 2, and the blocks that start there
+
+Mask slots see clean tokens and their own block, so that only clean keys and values are gathered. A convolution reads
+the tokens before a chunk, which are at the end of the chunk to its left: those few states are gathered too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from zconvert.errors import UserError
+from zconvert.tidar.layout import NO_PREDECESSOR, PADDING, Layout
+from zconvert.tidar.model import LayoutModel
+from zconvert.tidar.predecessors import Predecessors
+from zconvert.tidar.sinks import stock_attention
+
+ATTENTION = "context_parallel"
+_FILLER = PADDING - 1
+"""document id of the columns that make the rows of a process equally long"""
+
+
+class ContextParallel:
+    """A group of processes that share rows, seen by one of them."""
+
+    def __init__(self, group: Any, rank: int, size: int) -> None:
+        """Takes part in a group.
+
+        Args:
+            group: of torch.distributed.
+            rank: this process's number in it.
+            size: P, at least 2.
+        """
+        self.group, self.rank, self.size = group, rank, size
+
+    def attach(self, model: LayoutModel) -> None:
+        """Has the model's attention gather keys and values, in place; it then takes shards of rows only.
+
+        Raises:
+            UserError: the family cannot be trained so.
+        """
+        if model.family.indexed:
+            raise UserError(
+                f"{model.family.model_type} cannot be trained with context_parallel",
+                found="a sparse indexer, which ranks the keys of the whole row",
+                fix="set parallel.context_parallel to 1",
+            )
+        config = model.config
+        self.stock: str = config._attn_implementation
+        """what attends where rows are whole"""
+        AttentionInterface.register(ATTENTION, _attention)
+        AttentionMaskInterface.register(ATTENTION, eager_mask)
+        for module in model.model.modules():
+            module.__dict__["context_parallel"] = (self, config._attn_implementation)
+        config._attn_implementation = ATTENTION
+
+    def shard(self, layout: Layout) -> Shard:
+        """This process's part of packed rows.
+
+        Args:
+            layout: of whole rows, (R, 2T), T a multiple of 2P.
+        """
+        rows, length = layout.position_ids.shape[0], layout.num_tokens // 2
+        device = layout.position_ids.device
+        assert length % (2 * self.size) == 0, (length, self.size)
+        chunk = length // (2 * self.size)
+        order = torch.arange(length, device=device).view(2 * self.size, chunk)
+        # Chunks in the order in which gathering puts them: those of process 0, of process 1, …
+        places = [place for r in range(self.size) for place in (r, 2 * self.size - 1 - r)]
+        gathered = order[places].flatten()  # (T,)
+        clean = gathered.view(self.size, -1)[self.rank]  # (2 chunks,)
+
+        # A block is named by the place of its first slot.
+        mine = (layout.block_ids[:, length:, None] // chunk == clean[::chunk] // chunk).any(-1)  # (R, T)
+        slots = int(mine.sum(1).max())
+        first = mine.int().argsort(dim=1, descending=True, stable=True)[:, :slots]
+        real = mine.gather(1, first)
+        columns = torch.cat([clean.expand(rows, -1), length + first], dim=1)
+        is_real = torch.cat([torch.ones_like(clean, dtype=torch.bool).expand(rows, -1), real], dim=1)
+
+        def local(values: Tensor, filler: int) -> Tensor:
+            return values.gather(1, columns).masked_fill(~is_real, filler)
+
+        query = Layout(
+            position_ids=local(layout.position_ids, 0),
+            clean_limit=local(layout.clean_limit, 0),
+            block_ids=local(layout.block_ids, 2 * length),
+            document_ids=local(layout.document_ids, _FILLER),
+            predecessors=local(layout.predecessors, NO_PREDECESSOR),
+        )
+
+        def with_gathered(whole: Tensor, part: Tensor) -> Tensor:
+            return torch.cat([whole[:, gathered], part[:, 2 * chunk :]], dim=1)
+
+        key = Layout(
+            position_ids=with_gathered(layout.position_ids, query.position_ids),
+            clean_limit=with_gathered(layout.clean_limit, query.clean_limit),
+            block_ids=with_gathered(layout.block_ids, query.block_ids),
+            document_ids=with_gathered(layout.document_ids, query.document_ids),
+            predecessors=with_gathered(layout.predecessors, query.predecessors),
+        )
+        return Shard(self, query, key, columns, is_real, gathered, chunk, length)
+
+    def gather(self, states: Tensor) -> Tensor:
+        """(…) -> (P, …): the states of all processes; gradients go back to where they came from."""
+        return _Gather.apply(states.contiguous(), self.group, self.size)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of packed rows that one process has: N columns, two chunks of clean tokens and some mask slots."""
+
+    context: ContextParallel
+    layout: Layout
+    """(R, N); predecessors count in the whole rows"""
+    key: Layout
+    """(R, T + mask slots): all clean tokens, in the order in which they are gathered, and this process's mask slots"""
+    columns: Tensor
+    """(R, N) place in the whole rows"""
+    is_real: Tensor
+    """(R, N) bool; the rest fills up rows that have fewer mask slots"""
+    gathered: Tensor
+    """(T,) place in the row of each gathered clean token"""
+    chunk: int
+    """clean tokens in a chunk"""
+    length: int
+    """T"""
+
+    @property
+    def num_clean(self) -> int:
+        """Clean tokens of this process."""
+        return 2 * self.chunk
+
+    def of_clean(self, values: Tensor) -> Tensor:
+        """(R, T) -> (R, clean): the values of this process's clean tokens."""
+        return values.gather(1, self.columns[:, : self.num_clean])
+
+    def of_slots(self, values: Tensor, *, filler: int = 0) -> Tensor:
+        """(R, T) -> (R, slots): the values at this process's mask slots' positions."""
+        columns = self.columns[:, self.num_clean :] - self.length
+        return values.gather(1, columns).masked_fill(~self.is_real[:, self.num_clean :], filler)
+
+    def before_slots(self, states: Tensor) -> Tensor:
+        """What the clean tokens before each mask slot's position have, whichever process has them; no gradient.
+
+        Args:
+            states: (R, clean, C), of this process.
+
+        Returns:
+            (R, slots, C); zeros before the first.
+        """
+        everyone = self.context.gather(states.detach())  # (P, R, clean, C)
+        whole = torch.zeros_like(states[:, :1]).repeat(1, self.length + 1, 1)
+        whole[:, self.gathered + 1] = everyone.transpose(0, 1).flatten(1, 2)
+        columns = self.columns[:, self.num_clean :] - self.length
+        return whole.gather(1, columns[..., None].expand(-1, -1, states.shape[-1]))
+
+    def predecessors(self, past: int) -> Predecessors:
+        """For convolutions that read `past` tokens of the past: over `[start | before each chunk | N]`."""
+        assert self.chunk >= past, (self.chunk, past)
+        rows, total = self.columns.shape[0], self.columns.shape[1]
+        device = self.columns.device
+        starts = self.columns[:, : self.num_clean : self.chunk]  # (R, 2)
+        halo = (starts[:, :, None] + torch.arange(-past, 0, device=device)).flatten(1)  # (R, 2 past)
+        # Where each column of the whole rows is here; one more takes those that are nowhere.
+        nowhere = 2 * self.length
+        place = torch.zeros(rows, nowhere + 1, dtype=torch.int64, device=device)
+        here = torch.arange(past, 3 * past + total, device=device).expand(rows, -1)
+        place.scatter_(1, torch.where(halo < 0, nowhere, halo), here[:, : 2 * past])
+        place.scatter_(1, torch.where(self.is_real, self.columns, nowhere), here[:, 2 * past :])
+
+        latest = past - 1
+        older = torch.arange(-1, past - 1, device=device).clamp_min_(0).expand(rows, past)
+        # The first token before a chunk is the last that is read: its own predecessor is not.
+        whole = self.whole_predecessors
+        halo_before = whole.gather(1, halo.clamp_min(0))
+        unread = (torch.arange(2 * past, device=device) % past == 0) | (halo < 0) | (halo_before == NO_PREDECESSOR)
+        halo_index = torch.where(unread, latest, place.gather(1, halo_before.clamp_min(0)))
+        mine = self.layout.predecessors
+        index = torch.where(mine == NO_PREDECESSOR, latest, place.gather(1, mine.clamp_min(0)))
+        return _ShardPredecessors(torch.cat([older, halo_index, index], dim=1), past, None, self)
+
+    @property
+    def whole_predecessors(self) -> Tensor:
+        """(R, T) predecessors of all clean tokens, by place in the row."""
+        whole = torch.empty_like(self.key.predecessors[:, : self.length])
+        whole[:, self.gathered] = self.key.predecessors[:, : self.length]
+        return whole
+
+
+@dataclass
+class _ShardPredecessors(Predecessors):
+    """Predecessors over a shard and the few tokens before its chunks."""
+
+    shard: Shard
+
+    def with_past(self, layer_idx: int, name: str, states: Tensor, boundary: Any = None) -> Tensor:
+        """Prepends what stands before a text, and the states before each chunk: (R, N, C) -> (R, 3 past + N, C)."""
+        shard, context, past = self.shard, self.shard.context, self.past
+        chunks = states[:, : shard.num_clean].unflatten(1, (2, shard.chunk))
+        ends = context.gather(chunks[:, :, -past:])  # (P, R, 2, past, C)
+        # Chunk c is the first of process c, or the second of process 2P-1-c; the one before chunk 0 is never read.
+        left = []
+        for own in (context.rank, 2 * context.size - 1 - context.rank):
+            c = max(own - 1, 0)
+            left.append(ends[c, :, 0] if c < context.size else ends[2 * context.size - 1 - c, :, 1])
+        first = states.new_zeros(1, 1, states.shape[-1]) if boundary is None else boundary()
+        return torch.cat([first.expand(states.shape[0], past, -1), *left, states], dim=1)
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather; its gradient is a reduce-scatter. Every process of the group must run both."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, group: Any, size: int) -> Tensor:
+        ctx.group, ctx.shape = group, states.shape
+        out = states.new_empty(size, *states.shape)
+        dist.all_gather_into_tensor(out.view(size * states.shape[0], *states.shape[1:]), states, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        gradient = gradients[0].contiguous()
+        out = gradient.new_empty(ctx.shape)
+        dist.reduce_scatter_tensor(out, gradient.view(-1, *ctx.shape[1:]), group=ctx.group)
+        return out, None, None
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """An attention function of transformers: gathers clean keys and values, then attends as the model always did."""
+    context, implementation = module.__dict__["context_parallel"]
+    slots = _slots(attention_mask, key, context)
+    clean = key.shape[2] - slots
+
+    def everyone(states: Tensor) -> Tensor:
+        gathered = context.gather(states[:, :, :clean])  # (P, R, heads, clean, width)
+        return torch.cat([gathered.movedim(0, 2).flatten(2, 3), states[:, :, clean:]], dim=2)
+
+    attend = ALL_ATTENTION_FUNCTIONS.get(implementation) or stock_attention(module)
+    return attend(module, query, everyone(key), everyone(value), attention_mask, **options)  # type: ignore[no-any-return]
+
+
+def _slots(attention_mask: Tensor, key: Tensor, context: ContextParallel) -> int:
+    """Mask slots s among the n keys of this process, of P · (n - s) + s in the mask."""
+    return (context.size * key.shape[2] - attention_mask.shape[-1]) // (context.size - 1)

@@ -47,7 +47,7 @@ def random_layouts(count: int) -> Iterator[PackedLayout]:
         offset = draw(0, block)
         slots = None
         if number % 4 == 3:  # some of the slots, in every other row of full tiles
-            slots = draw_slots(documents, documents != PADDING, block, offset, 0.5, generator)
+            slots = draw_slots(documents, documents != PADDING, block, offset, 0.5, [generator] * len(documents))
         yield packed_layout(documents, block, offset, slots)
 
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from tests.contracts.models import shared_random_pair
 from zconvert.data.packing import Batch
 from zconvert.tidar.layout import PADDING
-from zconvert.training.loop import random_offsets
 from zconvert.training.objective import Targets, packed_losses
+from zconvert.training.slots import random_offsets, row_generators
 
 BLOCK, MASK = 4, 63
 
@@ -63,7 +63,7 @@ def test_rows_together_give_the_sum_of_the_rows_apart() -> None:
 
 def test_a_random_phase_is_one_for_each_document() -> None:
     documents = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 0, 0, 0, 0, PADDING, PADDING]])
-    offsets = random_offsets(documents, 16, 0, range(2))
+    offsets = random_offsets(documents, 16, row_generators(0, range(2)))
     assert offsets.shape == documents.shape
     for document in range(3):
         assert len(set(offsets[0][documents[0] == document].tolist())) == 1
@@ -71,5 +71,5 @@ def test_a_random_phase_is_one_for_each_document() -> None:
     assert int(offsets.max()) < 16
     assert len(set(offsets.flatten().tolist())) > 1
     # A row's phases are its own: whichever rows stand beside it, whichever process has it.
-    assert torch.equal(random_offsets(documents[1:], 16, 0, [1]), offsets[1:])
-    assert not torch.equal(random_offsets(documents[1:], 16, 1, [1]), offsets[1:])
+    assert torch.equal(random_offsets(documents[1:], 16, row_generators(0, [1])), offsets[1:])
+    assert not torch.equal(random_offsets(documents[1:], 16, row_generators(1, [1])), offsets[1:])

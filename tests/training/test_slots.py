@@ -17,7 +17,7 @@ from zconvert.recipe import MidtrainRecipe
 from zconvert.tidar.layout import NO_SLOT, PADDING, packed_layout
 from zconvert.training import stages
 from zconvert.training.objective import Targets, packed_losses
-from zconvert.training.slots import draw_slots
+from zconvert.training.slots import draw_slots, row_generators
 
 BLOCK, LENGTH = 4, 26
 DOCUMENTS = torch.tensor([[0] * 7 + [1] * 12 + [2] * 7, [0] * 17 + [PADDING] * 9])
@@ -30,7 +30,7 @@ SCORED = BATCH.loss_mask & (DOCUMENTS != PADDING)
 
 
 def draw(fraction: float, seed: int = 0, scored: Tensor = SCORED) -> Tensor:
-    return draw_slots(DOCUMENTS, scored, BLOCK, 1, fraction, torch.Generator().manual_seed(seed))
+    return draw_slots(DOCUMENTS, scored, BLOCK, 1, fraction, row_generators(seed, range(len(DOCUMENTS))))
 
 
 def test_whole_blocks_are_drawn_of_those_that_are_scored_until_the_share_is_full() -> None:

@@ -15,7 +15,7 @@ from tests.contracts.families import family_pair
 from tests.contracts.models import VOCAB, shared_random_pair
 from zconvert.tidar.model import LayoutModel
 from zconvert.training import loss as losses
-from zconvert.training.loss import cross_entropy_sum, divergence_sum
+from zconvert.training.loss import cross_entropy_sum, divergence_sum, variation_sum
 
 TOKENS = 29
 HEADS = ["qwen3_moe", "granite", "cohere", "gemma2", "inkling_text"]  # plain, divided, scaled, capped, Inkling's
@@ -42,6 +42,18 @@ def plain_divergence(model: LayoutModel, hidden: Tensor) -> tuple[Tensor, Tensor
     return F.kl_div(logits.log_softmax(-1), p, reduction="sum"), logits.argmax(-1) == p.argmax(-1)
 
 
+def plain_variation(model: LayoutModel, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        p = model.logits(states(5)).softmax(-1)
+        p[STARTS] = F.one_hot(LABELS[STARTS], p.shape[-1]).float()
+    logits = model.logits(hidden)
+    return (logits.softmax(-1) - p).abs().sum() / 2, logits.argmax(-1) == p.argmax(-1)
+
+
+def chunked_variation(model: LayoutModel, hidden: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
+    return variation_sum(model, hidden, states(5), LABELS, STARTS, chunk)
+
+
 def chunked_cross_entropy(model: LayoutModel, hidden: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
     return cross_entropy_sum(model, hidden, LABELS, chunk)
 
@@ -53,6 +65,7 @@ def chunked_divergence(model: LayoutModel, hidden: Tensor, chunk: int | None) ->
 OBJECTIVES: list[Any] = [
     pytest.param(chunked_cross_entropy, plain_cross_entropy, id="cross_entropy"),
     pytest.param(chunked_divergence, plain_divergence, id="divergence"),
+    pytest.param(chunked_variation, plain_variation, id="variation"),
 ]
 
 
@@ -126,7 +139,7 @@ def test_each_chunks_logits_are_made_once_where_the_head_is_linear_and_never_mor
     monkeypatch.setattr(model, "finish_logits", lambda logits: rows.append(len(logits)) or made(logits))
     results(model, lambda m, h: chunked(m, h, 7))
     assert max(rows) <= 7
-    of_teacher = TOKENS if chunked is chunked_divergence else 0
+    of_teacher = 0 if chunked is chunked_cross_entropy else TOKENS
     if family == "inkling_text":
         assert sum(rows) == 2 * (TOKENS + of_teacher)
     else:

@@ -20,10 +20,11 @@ class TrainingDiffusion(Section):
         ge=0,
         description="weight of the AR loss: loss = (alpha · AR + diffusion) / (1 + alpha); gated checkpoints have none",
     )
-    objective: Literal["data", "forward_kl"] | None = Field(
+    objective: Literal["data", "forward_kl", "total_variation"] | None = Field(
         None,
         description="what mask slots learn: the data's tokens, or the AR distribution of the same position "
-        "(KL divergence from it); null: forward_kl for gated checkpoints, data for others",
+        "(KL divergence from it, or total variation, which is the share of drafts rejected and learns little until "
+        "drafts are good: run it after forward_kl); null: forward_kl for gated checkpoints, data for others",
     )
     block_offset: Literal["zero", "random"] = Field(
         "zero", description="phase of the blocks: zero starts one at each document, random draws it per document"

@@ -88,6 +88,33 @@ def divergence_sum(
     return _chunked(model, loss, hidden, (teacher.detach(), labels, starts), chunk_size)
 
 
+def variation_sum(
+    model: LayoutModel,
+    hidden: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    starts: Tensor,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Summed total variation of p and q in float32: the share of drafts that lossless decoding would reject.
+
+    Args and results are those of `divergence_sum`, but for the sum's unit: it counts rejections.
+    """
+
+    def loss(logits: Tensor, teacher: Tensor, labels: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        p, q = model.logits(teacher), logits
+        (_, likeliest_p), (_, likeliest_q) = _softmax_(p), _softmax_(q)
+        p.masked_fill_(starts[:, None], 0.0).scatter_add_(1, labels[:, None], starts[:, None].to(p.dtype))
+        # Half the sum of |q - p|; with s half the sign of q - p its gradient is q (s - Σ q s).
+        differences = q - p
+        signs = differences.sign().mul_(0.5)
+        total = torch.linalg.vecdot(differences, signs).sum()
+        gradient = q.mul_(signs.sub_(torch.linalg.vecdot(q, signs)[:, None]))
+        return total, likeliest_q == torch.where(starts, labels, likeliest_p), gradient
+
+    return _chunked(model, loss, hidden, (teacher.detach(), labels, starts), chunk_size)
+
+
 def _softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Turns (n, vocabulary) logits into probabilities in place; returns (n,) log-sum-exps and (n,) likeliest tokens."""
     top, likeliest = logits.max(-1)

@@ -18,7 +18,7 @@ from zconvert.tidar.cache import CleanStates
 from zconvert.tidar.layout import NO_SLOT, PADDING, Layout, PackedLayout, packed_layout
 from zconvert.tidar.model import LayoutModel
 from zconvert.training.context_parallel import ContextParallel
-from zconvert.training.loss import cross_entropy_sum, divergence_sum
+from zconvert.training.loss import cross_entropy_sum, divergence_sum, variation_sum
 
 if TYPE_CHECKING:  # the losses run where what reads recipes and data is not installed (benchmarks/step_time.py)
     from zconvert.data.packing import Batch
@@ -82,7 +82,7 @@ def packed_losses(
     block_size: int,
     offset: Tensor | int = 0,
     slots: Tensor | None = None,
-    objective: Literal["data", "forward_kl"] = "data",
+    objective: Literal["data", "forward_kl", "total_variation"] = "data",
     loss_chunk_size: int | None = None,
     context: ContextParallel | None = None,
 ) -> LossSums:
@@ -97,7 +97,7 @@ def packed_losses(
         slots: (R, M), the tokens that have a mask slot (`draw_slots`); None for all.
         objective: of mask slots. data: cross-entropy with their own token. forward_kl: KL divergence of their
             distribution from the AR one of the same position, which is held fixed; the first token of a document,
-            which AR does not predict, is learnt from the data.
+            which AR does not predict, is learnt from the data. total_variation: half the sum of their differences.
         loss_chunk_size: logits are made for so many tokens at a time; None: see training/loss.py.
         context: the processes that share the rows; each then sums over its own tokens. Then every token has a slot.
 
@@ -126,9 +126,8 @@ def packed_losses(
         states = clean.detach()
         before = _at(F.pad(states[:, :-1], (0, 0, 1, 0)), slots) if shard is None else shard.before_slots(states)
         starts = (layout.position_ids[:, length:] == 0)[targets.diffusion]
-        diffusion, correct = divergence_sum(
-            model, slot_hidden, before[targets.diffusion], labels, starts, loss_chunk_size
-        )
+        distance = divergence_sum if objective == "forward_kl" else variation_sum
+        diffusion, correct = distance(model, slot_hidden, before[targets.diffusion], labels, starts, loss_chunk_size)
     places = (layout.position_ids - layout.clean_limit)[:, length:][targets.diffusion]
     return LossSums(
         ar=ar,

@@ -30,6 +30,8 @@ from zconvert.tidar.generate import layout_model_of
 from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.settings import GATED_FILE, GatedParts
 from zconvert.training import stages
+from zconvert.training.loop import Trainer
+from zconvert.training.observers import Observer
 
 PARTS = GatedParts(rank=4, mlp_width=16)
 
@@ -149,6 +151,22 @@ print(json.dumps([text[0].tolist(), total]))
     suppressed = model.generation_config.suppress_tokens
     expected = plain.generate(ids, attention_mask=torch.ones_like(ids), suppress_tokens=suppressed, **options)
     assert text == expected[0].tolist()
+
+
+@pytest.mark.parametrize("model_type", ["zaya", "gpt_oss"])
+def test_in_bfloat16_the_source_is_as_stored_and_what_is_trained_is_float32(model_type: str, tmp_path: Path) -> None:
+    class Look(Observer):
+        def on_step(self, trainer: Trainer) -> None:  # type: ignore[override]
+            dtypes.append((trainer.model.dtype, {p.dtype for p in trainer.trained.parameters()}))
+
+    dtypes: list[tuple[torch.dtype, set[torch.dtype]]] = []
+    settings = gated_run(tmp_path, model_type, dtype="bfloat16", diffusion={"objective": "data"}, max_steps=12)
+    trained = stages.train(MidtrainRecipe(**settings), lambda _progress: None, observers=[Look()])
+    assert set(map(str, dtypes)) == {str((torch.bfloat16, {torch.float32}))}
+    losses = [row["loss_diffusion"] for row in metrics_of(Path(settings["output_dir"]))]
+    assert losses[-1] < losses[0]
+    for name, tensor in load_file(trained / GATED_FILE).items():
+        assert tensor.dtype == torch.float32, name
 
 
 def test_trained_gated_weights_that_are_missing_are_not_made_up(tmp_path: Path) -> None:

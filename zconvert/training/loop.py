@@ -106,6 +106,8 @@ class Trainer:
         self.model, self.rows, self.recipe, self.settings = model, rows, recipe, settings
         self.layout_model = self.parallel.layout_model(model, gated=settings.mode == "gated")
         self.gated = self.layout_model.gated
+        if self.gated is not None:
+            self.gated.float()  # whatever the frozen source is in
         self.trained: Any = model if self.gated is None else self.gated
         """what moves, and what a train state holds of the model"""
         self.on_progress = on_progress

@@ -96,21 +96,25 @@ class Parallel:
 
     # The model
 
-    def load(self, source: Source) -> tuple[Any, Any]:
-        """Loads a checkpoint in float32: the model, of which this process holds its shard, and its tokenizer.
+    def load(self, source: Source, dtype: str = "float32") -> tuple[Any, Any]:
+        """Loads a checkpoint: the model, of which this process holds its shard, and its tokenizer.
+
+        Args:
+            source: the checkpoint.
+            dtype: auto keeps the number format of its files.
 
         Raises:
             UserError: see `load_model`.
         """
         if self.world == 1:
-            return load_model(source, dtype="float32", device=self.device.type)
+            return load_model(source, dtype=dtype, device=self.device.type)
         from transformers.distributed import DistributedConfig
 
         config = DistributedConfig(
             fsdp_size=self.fsdp, dp_replicate_size=self.world // self.fsdp, ep_size=self.recipe.expert_parallel
         )
         with _layer_by_layer():
-            model, tokenizer = load_model(source, dtype="float32", sharding=config)
+            model, tokenizer = load_model(source, dtype=dtype, sharding=config)
         _make_runnable(model)
         return model, tokenizer
 

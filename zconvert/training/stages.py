@@ -142,7 +142,9 @@ def _load(
 ) -> tuple[Any, Any]:
     """The model to train, on its device, and its tokenizer."""
     if recipe.quantization is None:
-        model, tokenizer = parallel.load(source)
+        # What is trained is float32; a frozen source needs no more than the forward pass does.
+        stored = settings.mode == "gated" and recipe.dtype == "bfloat16"
+        model, tokenizer = parallel.load(source, "auto" if stored else "float32")
     else:
         _require_gated(source, settings)
         model, tokenizer = load_model(source, device="cpu")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from zconvert import __version__
-from zconvert.cli import bench, convert_init, export, generate, inspect, midtrain, ui
+from zconvert.cli import bench, convert_init, export, generate, inspect, midtrain, plan, ui
 
 app = typer.Typer(
     name="zconvert",
@@ -31,6 +31,14 @@ app.command(
     "inspect",
     epilog=_examples("zconvert inspect Qwen/Qwen3-30B-A3B", "zconvert inspect ./my-checkpoint --json"),
 )(ui.handled(inspect.command))
+app.command(
+    "plan",
+    epilog=_examples(
+        "zconvert plan Qwen/Qwen3-30B-A3B --gpu h100-80gb --gpus 64 --tokens 600B",
+        "zconvert plan ./my-tidar-init recipes/quickstart/midtrain.yaml --gpu my-machine.yaml",
+        "zconvert plan config.json --accepted ./my-run --explain batch=8,context=32768",
+    ),
+)(ui.handled(plan.command))
 app.command(
     "convert-init",
     epilog=_examples(

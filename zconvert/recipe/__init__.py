@@ -7,7 +7,7 @@ Paths in a recipe are relative to the folder where the command runs.
 
 from zconvert.recipe.convert_init import ConvertInitRecipe
 from zconvert.recipe.data import DatasetRecipe
-from zconvert.recipe.loading import dump_recipe, load_recipe
+from zconvert.recipe.loading import dump_recipe, load_checked, load_recipe, load_training_recipe
 from zconvert.recipe.sections import Recipe
 from zconvert.recipe.training import MidtrainRecipe, TrainingRecipe
 
@@ -18,5 +18,7 @@ __all__ = [
     "Recipe",
     "TrainingRecipe",
     "dump_recipe",
+    "load_checked",
     "load_recipe",
+    "load_training_recipe",
 ]

@@ -1,0 +1,119 @@
+"""Shapes from config.json are those of transformers' own models, and published counts come out."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.checkpoint.sparse import meta_shapes
+from tests.checkpoint.test_parameters import QWEN3_30B, tiny_model
+from zconvert.errors import UserError
+from zconvert.planning.from_config import _BUILDS, knows, shapes_from_config
+from zconvert.planning.model import facts_from_config
+from zconvert.tidar.families import FAMILIES
+from zconvert.tidar.model import LayoutModel
+from zconvert.tidar.settings import GatedParts
+
+
+def config_of(model: Any) -> dict[str, Any]:
+    return json.loads(model.config.to_json_string(use_diff=False))
+
+
+@pytest.mark.parametrize("model_type", sorted(_BUILDS))
+def test_names_and_shapes_are_those_of_the_model(model_type: str) -> None:
+    model = tiny_model(model_type, 4, "meta")
+    tied = {*(getattr(model, "all_tied_weights_keys", None) or {})}
+    stored = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    assert shapes_from_config(config_of(model)) == stored
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen2", "olmoe", "deepseek_v3", "glm4_moe", "llama", "gpt_oss"])
+@pytest.mark.parametrize("changes", [{"attention_bias": True}, {"tie_word_embeddings": True, "use_qk_norm": True}])
+def test_biases_norms_and_ties_follow_the_config(model_type: str, changes: dict[str, Any]) -> None:
+    config = config_of(tiny_model(model_type, 4, "meta"))
+    taken = {key: value for key, value in changes.items() if key in config or key == "tie_word_embeddings"}
+    shapes, changed = meta_shapes(model_type, **{k: v for k, v in {**config, **taken}.items() if k != "model_type"})
+    assert {k: v for k, v in shapes_from_config(changed).items() if "correction_bias" not in k} == shapes
+
+
+@pytest.mark.parametrize("model_type", sorted(_BUILDS))
+@pytest.mark.parametrize(
+    "parts",
+    [GatedParts(rank=3, mlp_width=5), GatedParts(rank=0, mlp="add", mlp_width=5, norms=True, mask_embedding=False)],
+    ids=["replace", "add"],
+)
+def test_gated_weights_are_counted_exactly(model_type: str, parts: GatedParts) -> None:
+    model = tiny_model(model_type, 4, "cpu")
+    facts = facts_from_config(config_of(model), model_type)
+    weights = LayoutModel(model).add_gated(parts)
+    assert facts.gated_parameters(parts) == sum(weight.numel() for weight in weights.parameters())
+
+
+DEEPSEEK_V3 = {
+    **{"vocab_size": 129_280, "hidden_size": 7168, "intermediate_size": 18_432, "moe_intermediate_size": 2048},
+    **{"num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128, "n_shared_experts": 1},
+    **{"n_routed_experts": 256, "num_experts_per_tok": 8, "first_k_dense_replace": 3, "kv_lora_rank": 512},
+    **{"q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128},
+}
+MIXTRAL = {
+    **{"vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32},
+    **{"num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
+}
+OLMOE = {
+    **{"vocab_size": 50_304, "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16},
+    **{"num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8},
+}
+GPT_OSS_20B = {
+    **{"vocab_size": 201_088, "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24},
+    **{"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32},
+    **{"num_experts_per_tok": 4, "attention_bias": True},
+}
+ZAYA_8B = {
+    **{"vocab_size": 262_272, "hidden_size": 2048, "num_hidden_layers": 40, "num_attention_heads": 8},
+    **{"num_key_value_heads": 2, "head_dim": 128, "moe_intermediate_size": 2048, "num_experts": 16},
+    **{"router_hidden_size": 256, "layer_types": ["hybrid"] * 40},
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "total", "active"),
+    [
+        ("qwen3_moe", QWEN3_30B, 30.53, 3.35),
+        ("zaya", ZAYA_8B, 8.84, 1.29),
+        ("mixtral", MIXTRAL, 46.70, 12.88),
+        ("olmoe", OLMOE, 6.92, 1.28),
+        ("gpt_oss", GPT_OSS_20B, 20.91, 4.19),
+        ("deepseek_v3", DEEPSEEK_V3, 671.03, 37.55),
+    ],
+)
+def test_published_models_have_their_published_parameters(
+    model_type: str, config: dict[str, Any], total: float, active: float
+) -> None:
+    """As on their model cards: 30.5 and 3.3 B; 8.8 B; 46.7 and 12.9 B; 7 and 1.3 B; 21 and 3.6 B; 671 and 37 B.
+
+    gpt-oss's card leaves its embedding out of the active parameters, DeepSeek's both embedding and head in part.
+    """
+    facts = facts_from_config({"model_type": model_type, **config}, model_type)
+    assert (round(facts.total / 1e9, 2), round(facts.active / 1e9, 2)) == (total, active)
+
+
+def test_most_families_of_the_table_can_be_planned_by_their_config_alone() -> None:
+    assert {*_BUILDS} <= {*FAMILIES}
+    assert len(_BUILDS) >= 50
+    assert not knows("dbrx")
+
+
+@pytest.mark.parametrize("model_type", ["dbrx", "nothing"])
+def test_a_family_built_in_another_way_wants_headers(model_type: str) -> None:
+    with pytest.raises(UserError, match=r"cannot be told from config\.json alone") as raised:
+        shapes_from_config({"model_type": model_type})
+    assert "headers are read" in str(raised.value)
+
+
+@pytest.mark.parametrize("value", [None, 0, -4, "8", True])
+def test_a_missing_or_impossible_size_is_named(value: object) -> None:
+    config = config_of(tiny_model("mixtral", 4, "meta")) | {"hidden_size": value}
+    with pytest.raises(UserError, match=r"config\.json does not say hidden_size"):
+        shapes_from_config(config)

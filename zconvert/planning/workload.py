@@ -1,0 +1,71 @@
+"""What a training stage does, as far as memory and time depend on it: from its recipe, or from defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from zconvert.recipe import TrainingRecipe
+from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, GatedParts
+
+BYTES = {"float32": 4, "bfloat16": 2}
+"""of a number"""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One stage of training.
+
+    A packed row has `2 · sequence_len` tokens: the clean ones, and a mask slot for each.
+    """
+
+    stage: str = "midtrain"
+    sequence_len: int = 4096
+    """T, clean tokens a row"""
+    micro_batch_size: int = 1
+    """rows a forward, on each data-parallel device"""
+    gradient_accumulation_steps: int = 1
+    max_steps: int | None = None
+    """None: as many as the token budget takes"""
+    compute_bytes: int = 2
+    """of a number in the forward pass"""
+    gradient_checkpointing: bool = True
+    loss_chunk_size: int | None = None
+    """tokens whose logits are made at a time; None: as training/loss.py chooses"""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    gated: GatedParts | None = None
+    """None: full mode, every weight is trained"""
+    source_bits: int | None = None
+    """bits a parameter of a frozen source takes (gated mode); None: as it is stored"""
+    block_size: int = DEFAULT_BLOCK_SIZE
+    save_total_limit: int = 2
+    """train states kept"""
+
+    @property
+    def tokens_per_row(self) -> int:
+        """Tokens of a packed row."""
+        return 2 * self.sequence_len
+
+
+def workload_of(recipe: TrainingRecipe, block_size: int, gated: GatedParts | None) -> Workload:
+    """The stage that a recipe describes.
+
+    Args:
+        recipe: of a training stage.
+        block_size: B of the checkpoint.
+        gated: the parts of a gated checkpoint; None: full mode.
+    """
+    return Workload(
+        stage=recipe.stage,
+        sequence_len=recipe.sequence_len,
+        micro_batch_size=recipe.micro_batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        max_steps=recipe.max_steps,
+        compute_bytes=BYTES[recipe.dtype],
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        loss_chunk_size=recipe.loss_chunk_size,
+        optimizer="adamw8bit" if "8bit" in str(getattr(recipe, "optimizer", "")) else "adamw",
+        gated=gated,
+        block_size=block_size,
+        save_total_limit=recipe.save_total_limit,
+    )

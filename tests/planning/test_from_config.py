@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tests.checkpoint.sparse import meta_shapes
-from tests.checkpoint.test_parameters import QWEN3_30B, tiny_model
+from tests.checkpoint.test_parameters import tiny_model
+from tests.planning.models import DEEPSEEK_V3, GPT_OSS_20B, MIXTRAL, OLMOE, QWEN3_30B, ZAYA_8B
 from zconvert.errors import UserError
 from zconvert.planning.from_config import _BUILDS, knows, shapes_from_config
 from zconvert.planning.model import facts_from_config
@@ -49,32 +50,6 @@ def test_gated_weights_are_counted_exactly(model_type: str, parts: GatedParts) -
     facts = facts_from_config(config_of(model), model_type)
     weights = LayoutModel(model).add_gated(parts)
     assert facts.gated_parameters(parts) == sum(weight.numel() for weight in weights.parameters())
-
-
-DEEPSEEK_V3 = {
-    **{"vocab_size": 129_280, "hidden_size": 7168, "intermediate_size": 18_432, "moe_intermediate_size": 2048},
-    **{"num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128, "n_shared_experts": 1},
-    **{"n_routed_experts": 256, "num_experts_per_tok": 8, "first_k_dense_replace": 3, "kv_lora_rank": 512},
-    **{"q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128},
-}
-MIXTRAL = {
-    **{"vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32},
-    **{"num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
-}
-OLMOE = {
-    **{"vocab_size": 50_304, "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16},
-    **{"num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8},
-}
-GPT_OSS_20B = {
-    **{"vocab_size": 201_088, "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24},
-    **{"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32},
-    **{"num_experts_per_tok": 4, "attention_bias": True},
-}
-ZAYA_8B = {
-    **{"vocab_size": 262_272, "hidden_size": 2048, "num_hidden_layers": 40, "num_attention_heads": 8},
-    **{"num_key_value_heads": 2, "head_dim": 128, "moe_intermediate_size": 2048, "num_experts": 16},
-    **{"router_hidden_size": 256, "layer_types": ["hybrid"] * 40},
-}
 
 
 @pytest.mark.parametrize(

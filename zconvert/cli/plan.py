@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ from zconvert.cli import options
 from zconvert.cli.ui import err, out, print_json
 from zconvert.errors import UserError
 from zconvert.planning.acceptance import DEFAULT_CURVE, PUBLISHED, find_curve
-from zconvert.planning.decoding import Cell, device_for, predict
+from zconvert.planning.decoding import Cell, Device, device_for, predict
 from zconvert.planning.heatmap import MODES, heat_map
 from zconvert.planning.machines import find_machine
 from zconvert.planning.plan import (
@@ -35,6 +36,7 @@ from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, MAX_BLOCK_SIZE, GatedPar
 
 _RECIPES = (".yaml", ".yml")
 _MOST_REJECTED = 6
+_SMALL_BYTES = 2e9
 _UNITS = ("gigabytes", "gigaflops", "milliseconds")
 
 
@@ -79,6 +81,12 @@ def command(
         typer.Option("--explain", metavar="batch=8,context=32768", help="The arithmetic behind a cell of the map."),
     ] = None,
     heatmap: Annotated[Path | None, typer.Option(help="Write the map into this .html file.")] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure this device with small models, and decode on it.")
+    ] = False,
+    bench: Annotated[
+        Path | None, typer.Option(help="A document of `bench --json` to lay over what --calibrate predicts.")
+    ] = None,
     as_json: options.Json = False,
     revision: options.Revision = None,
     token: options.Token = None,
@@ -93,6 +101,8 @@ def command(
         raise typer.BadParameter(f"{source_bits} is none of 4, 8 and 16", param_hint="--source-bits")
     if heatmap is not None and heatmap.suffix.lower() not in (".html", ".htm"):
         raise typer.BadParameter(f"{heatmap} does not end in .html", param_hint="--heatmap")
+    if bench is not None and not calibrate:
+        raise typer.BadParameter("it is compared with a measured device: add --calibrate", param_hint="--bench")
     machine = with_changes(find_machine(gpu), price=price, efficiency=efficiency)
     with err.status(Text(f"Reading {targets[0]} …")):
         target, recipes = _read(targets, revision, token)
@@ -102,12 +112,17 @@ def command(
     facts = target.facts
     stages = [plan_stage(facts, work, machine, gpus, budget) for work in works]
     gated = works[-1].gated
-    device = device_for(
-        facts, machine, gpus, masks_pass_experts=gated is None or gated.mlp != "replace" or not facts.experts
-    )
+    masks_pass_experts = gated is None or gated.mlp != "replace" or not facts.experts
+    measured = _measure(target, bench) if calibrate else None
+    if measured is None:
+        device = device_for(facts, machine, gpus, masks_pass_experts=masks_pass_experts)
+    else:
+        device = replace(measured.device, masks_pass_experts=masks_pass_experts)
     cells = speed_map(facts, device, curve, batches, contexts, counts)
     document = document_of(facts, stages, machine, gpus, device, curve, cells)
     document["model"]["source"] = target.source
+    if measured is not None:
+        document["calibration"] = measured.document
     if cell_wanted is not None:
         chosen = predict(facts, device, curve, *cell_wanted, proposals=counts)
         document["explain"] = [explain(facts, device, curve, cell) for cell in chosen]
@@ -118,6 +133,61 @@ def command(
         print_json(document)
     else:
         show(document, cells)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The device that this runs on, and what is told of it."""
+
+    device: Device
+    document: dict[str, Any]
+
+
+def _measure(target: Target, bench: Path | None) -> _Measured:
+    document = None if bench is None else read_json(bench)
+    import torch
+
+    from zconvert.planning import calibrate as library
+
+    name = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = "bfloat16" if name == "cuda" else "float32"
+    with err.status(Text("Measuring this device …")):
+        calibrated = library.calibrate(target.config, device=name, dtype=dtype, whole=_whole(target, name, dtype))
+    size = 2 if dtype == "bfloat16" else 4
+    told = {
+        "machine": calibrated.machine.model_dump(mode="json"),
+        "dtype": dtype,
+        "coefficients": asdict(calibrated.calibration),
+        "forwards": library.errors(target.facts, calibrated, size),
+        "bench": [] if document is None else library.against_bench(target.facts, calibrated, document),
+    }
+    return _Measured(Device(calibrated.machine, 1, size, size, calibration=calibrated.calibration), told)
+
+
+def _whole(target: Target, device: str, dtype: str) -> Any:
+    """The model itself, to check predictions on, where it is small and lies here."""
+    if target.folder is None or target.facts.stored_bytes > _SMALL_BYTES:
+        return None
+    from zconvert.checkpoint.load import load_model
+    from zconvert.checkpoint.source import resolve
+    from zconvert.tidar.generate import layout_model_of
+
+    return layout_model_of(load_model(resolve(target.folder), dtype=dtype, device=device)[0])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A document of bench.
+
+    Raises:
+        UserError: it cannot be read, or is none.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read", found=error, expected="what `bench --json` printed") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{path} is no document of bench", expected="what `bench --json` printed")
+    return document
 
 
 def parse_count(text: str) -> float:
@@ -222,18 +292,44 @@ def show(document: dict[str, Any], cells: list[Cell]) -> None:
     for mode, title in MODES.items():
         out.print()
         out.print(_map_table([cell for cell in cells if cell.mode == mode], title))
-    roofline = document["decoding"]["blocks_under_roofline"]
     decoding = document["decoding"]
+    roofline, where = decoding["blocks_under_roofline"], f"{decoding['gpus']} × {document['machine']['name']}"
+    if "calibration" in document:
+        where = document["calibration"]["machine"]["name"]
     out.print(
         Text(
-            f"Speedup over AR, decoding on {decoding['gpus']} × {document['machine']['name']}, acceptance of "
+            f"Speedup over AR, decoding on {where}, acceptance of "
             f"{document['acceptance']['source']}. Dim: does not fit. About {roofline:.0f} blocks of "
             f"{document['acceptance']['block_size']} cost attention over a long cache nothing."
         )
     )
+    if "calibration" in document:
+        _show_calibration(document["calibration"])
     for explained in document.get("explain", ()):
         out.print()
         _show_explained(explained)
+
+
+def _show_calibration(told: dict[str, Any]) -> None:
+    machine = told["machine"]
+    out.print()
+    out.print(
+        Text(
+            f"Measured: {machine['bandwidth_gb_s']:,.0f} GB/s, {machine['bf16_tflops']:.2f} TFLOP/s ({told['dtype']}), "
+            f"{machine['kernel_us']:.1f} µs a kernel."
+        )
+    )
+    rows = [("a forward", row) for row in told["forwards"]] + [(row["sampler"], row) for row in told["bench"]]
+    if not rows:
+        return
+    table = Table(title="Prediction and measurement", title_justify="left")
+    for name in ("", "tokens", "predicted\nms", "measured\nms", "error", "predicted\nspeedup", "measured\nspeedup"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, row in rows:
+        speedups = [f"{row[key]:.2f}×" if key in row else "" for key in ("predicted_speedup", "measured_speedup")]
+        times = [f"{row[key]:.2f}" for key in ("predicted_ms", "measured_ms")]
+        table.add_row(name, f"{row['tokens']:.0f}", *times, f"{row['error']:+.0%}", *speedups)
+    out.print(table)
 
 
 def _stage_table(stage: dict[str, Any]) -> Table:

@@ -25,7 +25,7 @@ measured 1.13 … 1.66× where an ideal engine would reach 2 … 3×: about 0.7 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from zconvert.planning.acceptance import Curve, Yield, best_sets, two_forwards, yield_of
@@ -64,6 +64,22 @@ class Forward:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """What steps take on a measured device beyond its roofline (calibrate.py fits it), seconds."""
+
+    constant: float
+    """of a step"""
+    layer: float
+    """of each layer"""
+    expert: float
+    """of each expert that a layer reads"""
+    token: float
+    """of each token in each layer"""
+    roofline: float
+    """what the roofline of the measured rates is multiplied by"""
+
+
+@dataclass(frozen=True)
 class Device:
     """What decodes: one machine, or several that share the model's weights (tensor parallel, ideal)."""
 
@@ -77,6 +93,8 @@ class Device:
     """logits of every token of a forward are made, as the published TiDAR code does; ours makes those that are used"""
     masks_pass_experts: bool = True
     """False in gated mode with a diffusion expert in the routed ones' place"""
+    calibration: Calibration | None = None
+    """of a device that was measured; None: kernels take `kernel_us` each"""
 
 
 @dataclass(frozen=True)
@@ -162,7 +180,16 @@ def forward(
         Part("kernels", 0.0, 0.0, kernels_of(model) * machine.kernel_us * 1e-6),
         Part("engine", 0.0, 0.0, batch_size * machine.sequence_us * 1e-6 if verifies else 0.0),
     ]
+    if device.calibration is not None:
+        parts = _calibrated(device.calibration, parts, model, rows, touched)
     return Forward(batch_size, context, tokens, touched, tuple(parts))
+
+
+def _calibrated(fit: Calibration, parts: list[Part], model: ModelFacts, rows: float, touched: float) -> list[Part]:
+    """The parts of the roofline as they were measured, and what was measured beside them."""
+    work = [replace(part, seconds=fit.roofline * part.seconds) for part in parts if part.name != "kernels"]
+    overhead = fit.constant + fit.layer * model.layers + fit.expert * model.moe_layers * touched
+    return [*work, Part("kernels", 0.0, 0.0, overhead), Part("tokens", 0.0, 0.0, fit.token * model.layers * rows)]
 
 
 def kernels_of(model: ModelFacts) -> int:

@@ -26,6 +26,8 @@ class Target:
     config: dict[str, Any]
     source: str
     """headers, or config.json: what the facts come from"""
+    folder: Path | None = None
+    """where its weights lie; None: not on this disk"""
 
 
 def find_target(text: str, *, revision: str | None = None, token: str | None = None) -> Target:
@@ -55,7 +57,9 @@ def find_target(text: str, *, revision: str | None = None, token: str | None = N
             raise
         return Target(facts_from_config(config, source.name), tidar_settings(config), config, "config.json")
     require_convertible(source.name, config, headers)
-    return Target(facts_from_headers(headers, config, source.name), tidar_settings(config), config, "headers")
+    folder = source.folder if source.files is None else None
+    facts = facts_from_headers(headers, config, source.name)
+    return Target(facts, tidar_settings(config), config, "headers", folder)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

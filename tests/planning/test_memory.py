@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.planning.models import QWEN3_30B, ZAYA_8B, facts
+from tests.planning.peak import FAMILIES, LOSS_CHUNK, peak_of_a_step, small_model
 from zconvert.planning.layouts import Layout
 from zconvert.planning.memory import layer_bytes, memory_of
 from zconvert.planning.model import facts_from_config
@@ -18,24 +18,11 @@ from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.settings import GatedParts
 
 GB = 1e9
-SMALL = {
-    **{"vocab_size": 64, "hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 8, "head_dim": 32},
-    **{"num_key_value_heads": 2, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None},
-}
-FAMILIES = {
-    "llama": {"intermediate_size": 512},
-    "mixtral": {"intermediate_size": 128, "num_local_experts": 8, "num_experts_per_tok": 2},
-    "qwen3_moe": {"moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2},
-    "zaya": {"moe_intermediate_size": 256, "num_experts": 8, "num_experts_per_tok": 1, "router_hidden_size": 32},
-}
 
 
 def kept_bytes(model_type: str, tokens: int) -> tuple[float, dict[str, Any]]:
     """Bytes a token and layer that autograd keeps of a forward over a packed row, weights not counted."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **SMALL, **FAMILIES[model_type])
-    model = AutoModelForCausalLM.from_config(config).train()
-    model.config.use_cache = False
+    model = small_model(model_type)
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -48,7 +35,7 @@ def kept_bytes(model_type: str, tokens: int) -> tuple[float, dict[str, Any]]:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         LayoutModel(model).hidden_states(torch.randint(5, 60, (1, 2 * tokens)), layout)
     size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    return size / (2 * tokens) / config.num_hidden_layers, config.to_dict()
+    return size / (2 * tokens) / model.config.num_hidden_layers, model.config.to_dict()
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -56,6 +43,35 @@ def test_a_layer_keeps_what_the_formula_says_within_15_percent(model_type: str) 
     measured, config = kept_bytes(model_type, 64)
     predicted = layer_bytes(facts_from_config(config, model_type), Workload(compute_bytes=4))
     assert predicted == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_peak_of_a_training_step_is_predicted_within_10_percent(model_type: str, checkpointing: bool) -> None:
+    measured, config = peak_of_a_step(model_type, 512, 2, checkpointing=checkpointing)
+    assert predicted_peak(config, checkpointing, None) == pytest.approx(measured, rel=0.10)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_peak_of_a_gated_step_is_predicted_within_20_percent(model_type: str, checkpointing: bool) -> None:
+    """A chunk's logits and a layer that is run again do not meet, and are added all the same."""
+    parts = GatedParts(rank=8, mlp_width=64)
+    measured, config = peak_of_a_step(model_type, 512, 2, checkpointing=checkpointing, gated=parts)
+    assert predicted_peak(config, checkpointing, parts) == pytest.approx(measured, rel=0.20)
+
+
+def predicted_peak(config: dict[str, Any], checkpointing: bool, gated: GatedParts | None) -> float:
+    model = facts_from_config(config | {"dtype": "float32"}, "small")
+    work = Workload(
+        sequence_len=512,
+        micro_batch_size=2,
+        compute_bytes=4,
+        gradient_checkpointing=checkpointing,
+        loss_chunk_size=LOSS_CHUNK,
+        gated=gated,
+    )
+    return memory_of(model, work, Layout()).total
 
 
 @pytest.mark.parametrize(("sequence_len", "estimate"), [(16_384, 39), (32_768, 53)])

@@ -16,7 +16,7 @@ own Llama, Mixtral, Qwen3-MoE and ZAYA; tests/planning/test_memory.py holds the 
     4 b Q  (6 b + 2 b KV)  queries: projected, rotated, attended, put together (with norms on queries and keys)
     4 b I                  MLP and experts that a token passes: gate, up, activated gate, their product
     2 b k H                k routed experts: the state each one gets, and what each one returns
-    CCA: + 16 H + 6 b Q + 4 b KV   residual scales and convolutions
+    CCA: + 16 H + 6 b Q + 6 b KV   residual scales and convolutions; where they are frozen (gated mode), 3 b Q
 
 With gradient checkpointing a layer keeps its input alone, `4 H` (the residual stream is float32) and what ZAYA's
 routers hand on; and one layer's activations are there while it is run again.
@@ -100,7 +100,7 @@ def memory_of(model: ModelFacts, work: Workload, layout: Layout) -> Memory:
         optimizer=of_adam * trained / shards,
         activations=kept,
         packed_sequence=inputs,
-        loss_chunk=_loss_bytes(model, work, tokens, train_head=gated is None),
+        loss_chunk=_loss_bytes(model, work, tokens, train_head=gated is None, sharded=layout.sharded),
         communication=_communication_bytes(model, work, layout, tokens),
     )
 
@@ -111,8 +111,10 @@ def layer_bytes(model: ModelFacts, work: Workload) -> float:
     size = 28.0 * hidden + 4 * number * queries
     if model.qk_norm:
         size += number * (2 * queries + 2 * keys)
-    if model.attention_kind == "cca":
+    if model.attention_kind == "cca" and work.gated is None:
         size += 16 * hidden + number * (6 * queries + 6 * keys)
+    elif model.attention_kind == "cca":
+        size += 3 * number * queries
     if work.gated is not None and work.gated.mlp == "replace" and model.experts:
         return size + 4 * number * work.gated.mlp_width  # no routed expert runs at mask slots
     size += 4 * number * model.mlp_width
@@ -130,13 +132,13 @@ def _source_bytes(model: ModelFacts, work: Workload) -> float:
     return 2 * outer + (model.total - outer) * (work.source_bits / 8 + 2 / 64)
 
 
-def _loss_bytes(model: ModelFacts, work: Workload, tokens: float, *, train_head: bool) -> float:
+def _loss_bytes(model: ModelFacts, work: Workload, tokens: float, *, train_head: bool, sharded: bool) -> float:
     chunk = min(tokens, work.loss_chunk_size or CHUNK_LOGITS // model.vocabulary)
     # Logits in the forward's format and in float32, and what their softmax takes beside; twice for a teacher's.
     logits = chunk * model.vocabulary * (4 + 4 + (work.compute_bytes if work.compute_bytes < 4 else 0))
     copy = model.head_parameters * work.compute_bytes if work.compute_bytes < 4 else 0
-    # The head's gradient is summed in float32 over chunks: it is the gradient of unsharded weights.
-    return logits * (1 if train_head else 2) + copy + (4 * model.head_parameters if train_head else 0)
+    # The head's gradient is summed in float32 over chunks, whole; without shards it is counted as a gradient already.
+    return logits * (1 if train_head else 2) + copy + (4 * model.head_parameters if train_head and sharded else 0)
 
 
 def _communication_bytes(model: ModelFacts, work: Workload, layout: Layout, tokens: float) -> float:

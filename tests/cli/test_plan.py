@@ -14,7 +14,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from tests.checkpoint.loopback_hub import LoopbackHub, serve
-from tests.checkpoint.sparse import one_by_one, write_sparse
+from tests.checkpoint.sparse import meta_shapes, one_by_one, write_sparse
 from tests.checkpoint.tiny import make_checkpoint
 from tests.planning.models import QWEN3_30B, ZAYA_8B
 from zconvert.checkpoint.graft import convert_init
@@ -176,27 +176,35 @@ def test_models_that_cannot_be_converted_or_counted_are_refused(
     assert told in " ".join(result.stderr.split())
 
 
-def modules_loaded(*arguments: object, environment: dict[str, str]) -> list[str]:
-    """Runs the command in a fresh interpreter; what it imported."""
+def planned(*arguments: object, environment: dict[str, str]) -> tuple[dict[str, Any], set[str]]:
+    """Runs the command in a fresh interpreter; its document, and what it imported."""
     code = (
         "import sys\nfrom zconvert.cli.main import app\n"
-        f"try: app({[str(a) for a in arguments]!r})\nexcept SystemExit as end: assert not end.code, end.code\n"
+        f"try: app({['plan', *map(str, arguments), '--json']!r})\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
         "print(*sys.modules, file=sys.stderr)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **environment}, check=True, capture_output=True, text=True
     )
-    assert json.loads(done.stdout)["model"]["parameters"] == 30_532_122_624
-    return done.stderr.split()
+    return json.loads(done.stdout), {*done.stderr.split()}
 
 
 def test_a_hundred_shards_over_http_or_on_disk_load_no_torch_and_no_weights(tmp_path: Path) -> None:
     shapes = dict(one_by_one(shapes_from_config(QWEN)))
     folder = write_sparse(tmp_path / "qwen", shapes, QWEN, shards=110)
     with serve(LoopbackHub({"org/qwen": folder})) as hub:
-        environment = hub.environment(tmp_path / "home")
-        for target in (folder, "org/qwen"):
-            loaded = modules_loaded("plan", target, "--json", environment=environment)
-            assert not {"torch", "transformers", "accelerate", "numpy"} & {*loaded}
-        sent = sum(size for name, size in hub.sent.items() if name.endswith(".safetensors"))
-    assert sent < 20e6
+        for target, source in ((folder, "headers"), ("org/qwen", "config.json")):
+            told, loaded = planned(target, environment=hub.environment(tmp_path / "home"))
+            assert (told["model"]["parameters"], told["model"]["source"]) == (30_532_122_624, source)
+            assert not {"torch", "transformers", "accelerate", "numpy"} & loaded
+        assert not any(name.endswith(".safetensors") for name in hub.sent)
+
+
+def test_families_whose_config_does_not_say_it_all_are_read_by_headers_over_http(tmp_path: Path) -> None:
+    shapes, config = meta_shapes("lfm2_moe", num_hidden_layers=2, layer_types=["conv", "full_attention"])
+    folder = write_sparse(tmp_path / "lfm", shapes, config, shards=3)
+    with serve(LoopbackHub({"org/lfm": folder})) as hub:
+        told, _ = planned("org/lfm", environment=hub.environment(tmp_path / "home"))
+    assert told["model"] == planned(folder, environment={})[0]["model"] | {"name": "org/lfm"}
+    assert told["model"]["source"] == "headers"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from tests.planning.models import QWEN3_30B, ZAYA_8B, facts
+from zconvert.planning.decoding import Cell
 from zconvert.planning.layouts import Layout, layouts
 from zconvert.planning.machines import MACHINES
 from zconvert.planning.memory import memory_of
-from zconvert.planning.plan import plan_stage
+from zconvert.planning.plan import plan_stage, summary
 from zconvert.planning.step_time import disk_bytes, row_flops, stage_cost, step_time
 from zconvert.planning.workload import Workload
 from zconvert.tidar.settings import GatedParts
@@ -119,3 +120,26 @@ def test_train_states_of_full_mode_hold_masters_and_both_means() -> None:
     disk = disk_bytes(ZAYA, Workload(save_total_limit=2))
     assert disk["train_states"] == 3 * 12 * ZAYA.total
     assert disk["source"] == disk["result"] == ZAYA.stored_bytes
+
+
+def cell(batch: int, context: int, speedup: float) -> Cell:
+    return Cell(batch, context, "single", speedup, 1.0, 1.0, 16, (1,), True)
+
+
+@pytest.mark.parametrize(
+    ("speedups", "told"),
+    [
+        ([2, 2, 2, 2, 2, 2], "pays at every batch and context"),
+        ([0.5, 0.9, 0.5, 0.9, 0.5, 0.9], "would not pay anywhere"),
+        ([0.5, 0.9, 1.5, 1.5, 2, 2], "pays at batch ≥ 8 whatever the context ("),
+        ([0.5, 1.2, 1.5, 1.5, 2, 2], "pays at batch ≥ 8 whatever the context and at batch 1 with contexts ≥ 32,768"),
+        ([0.5, 0.9, 1.5, 1.5, 0.9, 2], "pays at batch 8 whatever the context ("),
+        ([0.5, 1.2, 0.9, 1.5, 0.9, 2], "pays at batch 1 with contexts ≥ 32,768 ("),
+    ],
+)
+def test_where_decoding_pays_is_told_in_words(speedups: list[float], told: str) -> None:
+    """At batches of 1, 8 and 64, each with a short and a long context."""
+    places = [(batch, context) for batch in (1, 8, 64) for context in (1024, 32_768)]
+    cells = [cell(*place, speedup) for place, speedup in zip(places, speedups, strict=True)]
+    stage = plan_stage(ZAYA, Workload(), H100, 8, None)
+    assert told in summary([stage], H100, 8, cells)[-1]

@@ -278,17 +278,3 @@ def blocks_under_roofline(model: ModelFacts, machine: Machine, block_size: int, 
     width = max((cache.width for cache in model.caches), default=1)
     for_a_token = 2 * model.score_width / (width * cache_bytes)
     return machine.flops(2) / machine.bytes_per_second / for_a_token / block_size
-
-
-def crossover(cells: list[Cell]) -> tuple[int | None, int | None]:
-    """The least batch that pays at the shortest context, and the least context that pays at the least batch."""
-    best: dict[tuple[int, int], float] = {}
-    for cell in cells:
-        if cell.fits:
-            key = (cell.batch_size, cell.context)
-            best[key] = max(best.get(key, 0.0), cell.speedup)
-    batches, contexts = sorted({b for b, _ in best}), sorted({c for _, c in best})
-    if not best:
-        return None, None
-    least = next((b for b in batches if best.get((b, contexts[0]), 0.0) > 1), None)
-    return least, next((c for c in contexts if best.get((batches[0], c), 0.0) > 1), None)

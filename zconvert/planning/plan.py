@@ -13,7 +13,6 @@ from zconvert.planning.decoding import (
     Forward,
     ar_forward,
     blocks_under_roofline,
-    crossover,
     forward,
     predict,
     single_forward,
@@ -297,11 +296,24 @@ def _where_it_pays(cells: Sequence[Cell]) -> str:
         return f"Decoding would not pay anywhere ({where}): AR is faster."
     if wins == everywhere:
         return f"Decoding pays at every batch and context of the map ({where})."
-    batch, context = crossover(list(fitting))
-    first = min(cell.batch_size for cell in fitting)
-    parts = [f"at batch ≥ {batch}"] if batch is not None else []
-    parts += [f"at batch {first} from contexts of {context:,}"] if context is not None and batch != first else []
-    return f"Decoding pays {' or '.join(parts) or 'in a part of the map'} ({where})."
+    shortest, least = min(cell.context for cell in fitting), min(cell.batch_size for cell in fitting)
+    batches = sorted({cell.batch_size for cell in fitting if cell.context == shortest})
+    contexts = sorted({cell.context for cell in fitting if cell.batch_size == least})
+    by_batch = _range_of(batches, {batch for batch, context in wins if context == shortest})
+    by_context = _range_of(contexts, {context for batch, context in wins if batch == least})
+    parts = [f"at batch {by_batch} whatever the context"] if by_batch else []
+    parts += [f"at batch {least} with contexts {by_context}"] if by_context else []
+    return f"Decoding pays {' and '.join(parts) or 'in a part of the map'} ({where})."
+
+
+def _range_of(values: Sequence[int], winning: set[int]) -> str:
+    """Where it pays, in words: `≥ 4`, `4 to 32`; empty where nowhere."""
+    if not winning:
+        return ""
+    first, last = min(winning), max(winning)
+    if last < values[-1]:
+        return f"{first:,} to {last:,}" if last > first else f"{first:,}"
+    return f"≥ {first:,}" if first > values[0] else "of any size"
 
 
 def count_of(items: float) -> str:

@@ -1,7 +1,8 @@
-"""What is planned for: a checkpoint (folder or Hub id, headers only) or a bare config.json."""
+"""What is planned for: a folder (by its headers), a Hub id (by its config, else by headers) or a bare config.json."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,10 @@ def find_target(text: str, *, revision: str | None = None, token: str | None = N
     source = resolve(text, revision=revision, token=token, weights=False)
     config = read_config(source.folder)
     require_convertible(source.name, config)
+    if source.files is not None and knows(language_config(config).get("model_type")):
+        # On the Hub each shard is a request, or several: where shapes follow from the config, none is made.
+        with contextlib.suppress(UserError):
+            return Target(facts_from_config(config, source.name), tidar_settings(config), config, "config.json")
     try:
         headers = headers_of(source)
     except UserError:

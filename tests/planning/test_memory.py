@@ -94,7 +94,7 @@ def test_128k_contexts_take_cp_4_or_8_as_estimated_by_hand() -> None:
 
 def test_states_of_qwen3_30b_take_61_gb_on_8_gpus_and_8_bit_adam_saves_three_eighths() -> None:
     model = facts("qwen3_moe", QWEN3_30B)
-    for optimizer, estimate in (("adamw", 61.1), ("adamw8bit", 61.1 * 10 / 16)):
+    for optimizer, estimate in (("adamw", 61.1), ("adamw_8bit", 61.1 * 10 / 16), ("muon", 61.1 * 12 / 16)):
         memory = memory_of(model, Workload(optimizer=optimizer), Layout(8, sharded=True))  # type: ignore[arg-type]
         states = memory.parameters + memory.gradients + memory.optimizer
         assert states / GB == pytest.approx(estimate, rel=0.01)

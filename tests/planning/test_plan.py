@@ -143,3 +143,12 @@ def test_where_decoding_pays_is_told_in_words(speedups: list[float], told: str) 
     cells = [cell(*place, speedup) for place, speedup in zip(places, speedups, strict=True)]
     stage = plan_stage(ZAYA, Workload(), H100, 8, None)
     assert told in summary([stage], H100, 8, cells)[-1]
+
+
+def test_half_the_mask_slots_take_three_quarters_of_the_tokens() -> None:
+    whole, half = (Workload(sequence_len=64, diffusion_fraction=each) for each in (1.0, 0.5))
+    assert half.tokens_per_row / whole.tokens_per_row == 0.75
+    assert row_flops(ZAYA, half) / row_flops(ZAYA, whole) == pytest.approx(0.75, rel=0.01)
+    gated = (Workload(gated=GatedParts(), diffusion_fraction=each) for each in (1.0, 0.5))
+    of_slots, of_half = (memory_of(ZAYA, work, Layout()).activations for work in gated)
+    assert of_half == pytest.approx(of_slots / 2)

@@ -237,7 +237,8 @@ def _stages(
     works = [workload_of(recipe, block_size, parts) for recipe in recipes]
     if not works:
         works = [Workload(gated=parts, block_size=block_size, compute_bytes=4 if machine_is_cpu else 2)]
-    works = [replace(work, source_bits=None if source_bits == 16 else source_bits) for work in works]
+    if source_bits is not None:
+        works = [replace(work, source_bits=None if source_bits == 16 else source_bits) for work in works]
     return works if sequence_len is None else [replace(work, sequence_len=sequence_len) for work in works]
 
 

@@ -2,12 +2,12 @@
 
 Symbols: P parameters, N devices, c context-parallel and e expert-parallel devices, T clean tokens a row, R rows a
 forward, H hidden width, L layers, V vocabulary, b bytes of a number in the forward (2 or 4). A device holds
-`n = R · 2T / c` tokens of packed rows.
+`n = R · 2T / c` tokens of packed rows (`(1 + f) T` where a fraction f of the blocks is drawn).
 
 **Full mode.** Every weight has a float32 master, gradient, mean and square: 16 P / N bytes (4 + 4 + about 2 with 8-bit
-Adam). **Gated mode.** The frozen source takes what it takes on disk (or P · bits / 8), the trained weights 16 bytes
-each. Its clean half runs first and without gradients: of it stay keys and values alone, `R · T / c · KV width · b`, and
-activations are those of the mask half, `n / 2` tokens.
+Adam, 4 + 4 + 4 with Muon). **Gated mode.** The frozen source takes what it takes on disk (or P · bits / 8), the trained
+weights 16 bytes each. Its clean half runs first and without gradients: of it stay keys and values alone,
+`R · T / c · KV width · b`, and activations are those of the mask half, `n / 2` tokens.
 
 Activations that a layer keeps for its backward pass, bytes a token (measured with saved-tensor hooks on transformers'
 own Llama, Mixtral, Qwen3-MoE and ZAYA; tests/planning/test_memory.py holds the formula against them):
@@ -83,8 +83,7 @@ def memory_of(model: ModelFacts, work: Workload, layout: Layout) -> Memory:
         weights = masters + (0 if layout.sharded or number == 4 else number * model.total)
     else:
         weights = masters + _source_bytes(model, work) / shards
-    of_adam = 8.0 if work.optimizer == "adamw" else 2 + 2 / 128
-    learning = tokens if gated is None else tokens / 2  # tokens of which gradients are asked
+    learning = work.learning * tokens
     kept = layer_bytes(model, work) * learning
     if work.gradient_checkpointing:
         inputs = learning * model.layers * (_RESIDUAL_BYTES * model.hidden + number * model.carried)
@@ -93,11 +92,11 @@ def memory_of(model: ModelFacts, work: Workload, layout: Layout) -> Memory:
     # After the last layer: states, the scored ones among them, and their gradient.
     inputs += learning * 3 * _RESIDUAL_BYTES * model.hidden
     if gated is not None:
-        inputs += tokens / 2 * (number * model.kv_width + 2 * _RESIDUAL_BYTES * model.hidden)
+        inputs += (tokens - learning) * (number * model.kv_width + 2 * _RESIDUAL_BYTES * model.hidden)
     return Memory(
         parameters=weights,
         gradients=4 * trained / shards,
-        optimizer=of_adam * trained / shards,
+        optimizer=work.state_bytes * trained / shards,
         activations=kept,
         packed_sequence=inputs,
         loss_chunk=_loss_bytes(model, work, tokens, train_head=gated is None, sharded=layout.sharded),

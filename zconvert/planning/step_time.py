@@ -110,15 +110,17 @@ def row_flops(model: ModelFacts, work: Workload) -> float:
     head = 2 * model.head_parameters * length
     pairs = sum(cache.layers * _pairs(length, cache.window) for cache in model.caches)
     clean_attention = 2 * model.score_width * pairs
-    mask_attention = clean_attention + 2 * model.score_width * model.layers * length * work.block_size
+    fraction = work.diffusion_fraction
+    mask_attention = fraction * (clean_attention + 2 * model.score_width * model.layers * length * work.block_size)
     if work.gated is None:
         # The loss makes logits and both gradients in one pass: three products, none of them again.
-        return (3 + again) * (2 * matrices * 2 * length + clean_attention + mask_attention) + 3 * 2 * head
+        tokens = work.tokens_per_row
+        return (3 + again) * (2 * matrices * tokens + clean_attention + mask_attention) + 3 * (1 + fraction) * head
     at_slots = model.shared_parameters + (0 if work.gated.mlp == "replace" else routed)
     extra = model.gated_parameters(work.gated)
     clean = 2 * matrices * length + clean_attention
-    slots = (2 + again) * 2 * at_slots * length + (3 + again) * (2 * extra * length + mask_attention)
-    return clean + slots + (1 + 2) * head  # the teacher's logits, and the slots' with their gradient
+    slots = fraction * length * ((2 + again) * 2 * at_slots + (3 + again) * 2 * extra) + (3 + again) * mask_attention
+    return clean + slots + fraction * (1 + 2) * head  # the teacher's logits, and the slots' with their gradient
 
 
 def _pairs(length: int, window: int | None) -> float:
@@ -165,10 +167,9 @@ def stage_cost(time: StepTime, work: Workload, machine: Machine, gpus: int, toke
 def disk_bytes(model: ModelFacts, work: Workload) -> dict[str, float]:
     """Bytes on disk, by what lies there: the checkpoint to start from, train states, the one that comes out."""
     trained = model.total if work.gated is None else model.gated_parameters(work.gated)
-    of_adam = 8.0 if work.optimizer == "adamw" else 2 + 2 / 128
     return {
         "source": float(model.stored_bytes),
         # One more is there while it is written; the oldest goes when it is whole.
-        "train_states": (work.save_total_limit + 1) * (4 + of_adam) * trained,
+        "train_states": (work.save_total_limit + 1) * (4 + work.state_bytes) * trained,
         "result": float(model.stored_bytes) if work.gated is None else 4.0 * trained,
     }

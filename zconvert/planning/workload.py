@@ -16,7 +16,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 class Workload:
     """One stage of training.
 
-    A packed row has `2 · sequence_len` tokens: the clean ones, and a mask slot for each.
+    A packed row has the clean tokens, and a mask slot for each (or for `diffusion_fraction` of them).
     """
 
     stage: str = "midtrain"
@@ -32,19 +32,31 @@ class Workload:
     gradient_checkpointing: bool = True
     loss_chunk_size: int | None = None
     """tokens whose logits are made at a time; None: as training/loss.py chooses"""
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
     gated: GatedParts | None = None
     """None: full mode, every weight is trained"""
     source_bits: int | None = None
     """bits a parameter of a frozen source takes (gated mode); None: as it is stored"""
+    diffusion_fraction: float = 1.0
+    """mask slots for each clean token"""
     block_size: int = DEFAULT_BLOCK_SIZE
     save_total_limit: int = 2
     """train states kept"""
 
     @property
-    def tokens_per_row(self) -> int:
+    def tokens_per_row(self) -> float:
         """Tokens of a packed row."""
-        return 2 * self.sequence_len
+        return (1 + self.diffusion_fraction) * self.sequence_len
+
+    @property
+    def learning(self) -> float:
+        """The share of them that gradients are asked of: in gated mode the mask slots."""
+        return 1.0 if self.gated is None else self.diffusion_fraction / (1 + self.diffusion_fraction)
+
+    @property
+    def state_bytes(self) -> float:
+        """Of the optimizer, for each trained parameter."""
+        return {"adamw": 8.0, "adamw_8bit": 2 + 2 / 128, "muon": 4.0}[self.optimizer]
 
 
 def workload_of(recipe: TrainingRecipe, block_size: int, gated: GatedParts | None) -> Workload:
@@ -64,8 +76,10 @@ def workload_of(recipe: TrainingRecipe, block_size: int, gated: GatedParts | Non
         compute_bytes=BYTES[recipe.dtype],
         gradient_checkpointing=recipe.gradient_checkpointing,
         loss_chunk_size=recipe.loss_chunk_size,
-        optimizer="adamw8bit" if "8bit" in str(getattr(recipe, "optimizer", "")) else "adamw",
+        optimizer=getattr(recipe, "optimizer", "adamw"),
         gated=gated,
+        source_bits={"8bit": 8, "4bit": 4}.get(getattr(recipe, "quantization", None) or ""),
+        diffusion_fraction=getattr(recipe.diffusion, "diffusion_fraction", 1.0),
         block_size=block_size,
         save_total_limit=recipe.save_total_limit,
     )

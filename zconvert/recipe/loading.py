@@ -38,12 +38,12 @@ def load_recipe(path: Path, model_class: type[RecipeT]) -> RecipeT:
 
 
 def load_training_recipe(path: Path) -> TrainingRecipe:
-    """Reads the recipe of any training stage: the first kind that takes it as it is.
+    """Reads the recipe of any training stage: of the last kind that takes it as it is, as later ones ask for more.
 
     Raises:
         UserError: none does; the problems told are those with the kind that has fewest.
     """
-    kinds = [kind for kind in _RECIPES if issubclass(kind, TrainingRecipe)]
+    kinds = [kind for kind in reversed(_RECIPES) if issubclass(kind, TrainingRecipe)]
     refusals = []
     for kind in kinds:
         try:

@@ -59,9 +59,10 @@ def plan_stage(model: ModelFacts, work: Workload, machine: Machine, gpus: int, t
     """
     candidates: list[tuple[Layout, Memory, StepTime]] = []
     rejected: list[tuple[Layout, str]] = []
+    impossible: list[tuple[Layout, str]] = []
     for layout, obstacle in layouts(model, work, gpus):
         if obstacle is not None:
-            rejected.append((layout, obstacle))
+            impossible.append((layout, obstacle))
             continue
         candidates.append((layout, memory_of(model, work, layout), step_time(model, work, layout, machine)))
     usable = machine.usable_bytes
@@ -89,7 +90,7 @@ def plan_stage(model: ModelFacts, work: Workload, machine: Machine, gpus: int, t
         memory=chosen[1],
         time=chosen[2],
         cost=stage_cost(chosen[2], work, machine, gpus, tokens),
-        rejected=tuple(rejected),
+        rejected=(*rejected, *impossible),
         least_gpus=least_gpus(model, work, machine),
     )
 
@@ -275,7 +276,7 @@ def summary(stages: Sequence[StagePlan], machine: Machine, gpus: int, cells: Seq
             lines.append(f"{name}Does not fit on {gpus} × {machine.name}: {room} a device at best; {needs}.")
         cost = stage.cost
         if cost is not None and stage.fits:
-            price = f", about ${cost.dollars:,.0f}" if cost.dollars is not None else ""
+            price = f", about ${cost.dollars:,.0f}" if cost.dollars is not None and cost.dollars >= 1 else ""
             lines.append(
                 f"{name}{count_of(cost.tokens)} tokens take about {_duration(cost.days)} at "
                 f"{stage.time.tokens_per_second:,.0f} tokens/s{price}."
@@ -329,7 +330,8 @@ def _duration(days: float) -> str:
         return f"{days:,.0f} days"
     if days >= 2 / 24:
         return f"{24 * days:.0f} hours"
-    return f"{1440 * days:.0f} minutes"
+    minutes = round(1440 * days)
+    return f"{minutes} minutes" if minutes > 1 else "a minute"
 
 
 def with_changes(machine: Machine, *, price: float | None = None, efficiency: float | None = None) -> Machine:

@@ -208,3 +208,14 @@ def test_families_whose_config_does_not_say_it_all_are_read_by_headers_over_http
         told, _ = planned("org/lfm", environment=hub.environment(tmp_path / "home"))
     assert told["model"] == planned(folder, environment={})[0]["model"] | {"name": "org/lfm"}
     assert told["model"]["source"] == "headers"
+
+
+def test_a_frozen_source_is_counted_as_training_holds_it_and_can_be_packed(config: Path) -> None:
+    """In float32 unless packed."""
+    sizes = [
+        document(config, "--mode", "gated", "--gpus", 1, *more)["memory"]["parameters_gb"]
+        for more in ((), ("--source-bits", 32), ("--source-bits", 16), ("--source-bits", 4))
+    ]
+    assert sizes[0] == sizes[1]
+    assert sizes[1] - sizes[2] == pytest.approx(2 * 8.84, rel=0.01)
+    assert sizes[3] < 0.4 * sizes[2]

@@ -111,6 +111,8 @@ def test_gated_mode_keeps_the_source_as_stored_and_trains_little() -> None:
     assert gated.total < full.total / 5
     four = memory_of(model, Workload(gated=GatedParts(), source_bits=4), Layout())
     assert model.stored_bytes / four.parameters == pytest.approx(2.8, rel=0.1)
+    as_loaded = memory_of(model, Workload(gated=GatedParts(), source_bits=32), Layout())
+    assert as_loaded.parameters - gated.parameters == 2 * model.total
 
 
 def test_a_gated_clean_half_leaves_its_keys_and_values_only() -> None:

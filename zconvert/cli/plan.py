@@ -30,7 +30,7 @@ from zconvert.planning.plan import (
     with_changes,
 )
 from zconvert.planning.target import Target, find_target
-from zconvert.planning.workload import Workload, workload_of
+from zconvert.planning.workload import FROZEN_BITS, Workload, workload_of
 from zconvert.recipe import load_training_recipe
 from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, MAX_BLOCK_SIZE, GatedParts
 
@@ -62,7 +62,9 @@ def command(
     tokens: Annotated[str | None, typer.Option(metavar="600B", help="Clean tokens to train on, in each stage.")] = None,
     mode: Annotated[Mode | None, typer.Option(help="Default: the checkpoint's, else full.")] = None,
     sequence_len: Annotated[int | None, typer.Option(min=2, help="Clean tokens a row. Default: the recipe's.")] = None,
-    source_bits: Annotated[int | None, typer.Option(help="Bits of a frozen source (gated mode): 4, 8 or 16.")] = None,
+    source_bits: Annotated[
+        int | None, typer.Option(help="Bits of a frozen source: 4, 8, 16 or 32. Default: the recipe's.")
+    ] = None,
     price: Annotated[float | None, typer.Option(min=0.0, help="US dollars for a device and hour.")] = None,
     efficiency: Annotated[
         float | None, typer.Option(min=0.01, max=1.0, help="Share of peak FLOP/s that training reaches.")
@@ -97,8 +99,8 @@ def command(
     contexts = _whole_numbers(context, "--context") or CONTEXTS
     cell_wanted = None if why is None else _cell_of(why)
     budget = None if tokens is None else parse_count(tokens)
-    if source_bits not in (None, 4, 8, 16):
-        raise typer.BadParameter(f"{source_bits} is none of 4, 8 and 16", param_hint="--source-bits")
+    if source_bits not in (None, 4, 8, 16, 32):
+        raise typer.BadParameter(f"{source_bits} is none of 4, 8, 16 and 32", param_hint="--source-bits")
     if heatmap is not None and heatmap.suffix.lower() not in (".html", ".htm"):
         raise typer.BadParameter(f"{heatmap} does not end in .html", param_hint="--heatmap")
     if bench is not None and not calibrate:
@@ -236,9 +238,10 @@ def _stages(
         raise typer.BadParameter("only a frozen source is packed: add --mode gated", param_hint="--source-bits")
     works = [workload_of(recipe, block_size, parts) for recipe in recipes]
     if not works:
-        works = [Workload(gated=parts, block_size=block_size, compute_bytes=4 if machine_is_cpu else 2)]
+        number = 4 if machine_is_cpu else 2
+        works = [Workload(gated=parts, block_size=block_size, compute_bytes=number, source_bits=FROZEN_BITS)]
     if source_bits is not None:
-        works = [replace(work, source_bits=None if source_bits == 16 else source_bits) for work in works]
+        works = [replace(work, source_bits=source_bits) for work in works]
     return works if sequence_len is None else [replace(work, sequence_len=sequence_len) for work in works]
 
 

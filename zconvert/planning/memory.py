@@ -5,8 +5,8 @@ forward, H hidden width, L layers, V vocabulary, b bytes of a number in the forw
 `n = R · 2T / c` tokens of packed rows (`(1 + f) T` where a fraction f of the blocks is drawn).
 
 **Full mode.** Every weight has a float32 master, gradient, mean and square: 16 P / N bytes (4 + 4 + about 2 with 8-bit
-Adam, 4 + 4 + 4 with Muon). **Gated mode.** The frozen source takes what it takes on disk (or P · bits / 8), the trained
-weights 16 bytes each. Its clean half runs first and without gradients: of it stay keys and values alone,
+Adam, 4 + 4 + 4 with Muon). **Gated mode.** The frozen source takes P · bits / 8 (32 as training loads it today; 8 and 4
+packed), the trained weights 16 bytes each. Its clean half runs first and without gradients: of it stay keys and values alone,
 `R · T / c · KV width · b`, and activations are those of the mask half, `n / 2` tokens.
 
 Activations that a layer keeps for its backward pass, bytes a token (measured with saved-tensor hooks on transformers'
@@ -126,6 +126,8 @@ def layer_bytes(model: ModelFacts, work: Workload) -> float:
 def _source_bytes(model: ModelFacts, work: Workload) -> float:
     if work.source_bits is None:
         return float(model.stored_bytes)
+    if work.source_bits >= 16:
+        return model.total * work.source_bits / 8
     # Matrices are packed, with a scale for each 64 of them; embedding and head stay as they are.
     outer = model.head_parameters * (1 if model.tied else 2)
     return 2 * outer + (model.total - outer) * (work.source_bits / 8 + 2 / 64)

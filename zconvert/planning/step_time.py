@@ -76,8 +76,7 @@ def step_time(model: ModelFacts, work: Workload, layout: Layout, machine: Machin
     if layout.gpus > 1:
         sharding = 4 * trained * (1 if layout.sharded else 2)
         if layout.sharded:
-            gathered = model.total if work.gated is None else model.stored_bytes / number
-            sharding += 2 * gathered * number
+            sharding += 2 * number * model.total
     inner = 1e9 * machine.link_gb_s  # devices that share a row or a layer's experts sit in one node
     far = max(layout.context_parallel, layout.expert_parallel) > machine.gpus_per_node
     inner = 1e9 * machine.network_gb_s if far else inner

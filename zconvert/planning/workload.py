@@ -8,6 +8,8 @@ from typing import Literal
 from zconvert.recipe import TrainingRecipe
 from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, GatedParts
 
+FROZEN_BITS = 32
+"""of a frozen source's parameter where nothing packs it: training/stages.py loads it in float32"""
 BYTES = {"float32": 4, "bfloat16": 2}
 """of a number"""
 
@@ -36,7 +38,7 @@ class Workload:
     gated: GatedParts | None = None
     """None: full mode, every weight is trained"""
     source_bits: int | None = None
-    """bits a parameter of a frozen source takes (gated mode); None: as it is stored"""
+    """bits a parameter of a frozen source takes (gated mode): 4 and 8 are packed; None: as it is stored"""
     diffusion_fraction: float = 1.0
     """mask slots for each clean token"""
     block_size: int = DEFAULT_BLOCK_SIZE
@@ -78,7 +80,7 @@ def workload_of(recipe: TrainingRecipe, block_size: int, gated: GatedParts | Non
         loss_chunk_size=recipe.loss_chunk_size,
         optimizer=getattr(recipe, "optimizer", "adamw"),
         gated=gated,
-        source_bits={"8bit": 8, "4bit": 4}.get(getattr(recipe, "quantization", None) or ""),
+        source_bits={"8bit": 8, "4bit": 4}.get(getattr(recipe, "quantization", None) or "", FROZEN_BITS),
         diffusion_fraction=getattr(recipe.diffusion, "diffusion_fraction", 1.0),
         block_size=block_size,
         save_total_limit=recipe.save_total_limit,

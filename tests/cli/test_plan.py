@@ -21,6 +21,7 @@ from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.source import resolve
 from zconvert.cli import plan, ui
 from zconvert.planning.from_config import shapes_from_config
+from zconvert.planning.heatmap import colour_of
 from zconvert.tidar.settings import GatedParts
 
 ZAYA = {"model_type": "zaya", **ZAYA_8B}
@@ -130,6 +131,11 @@ def test_the_heat_map_is_one_html_file_that_needs_nothing_else(config: Path, tmp
     for cell in told["speedup"]:
         assert f">{cell['speedup']:.2f}×</td>" in page
     assert page.count("<td") == 8
+    # Green where it pays, red where it loses.
+    assert colour_of(1.0) == "#ffffff"
+    for speedup, (most, least) in ((3.0, (1, 0)), (0.3, (0, 1))):
+        channels = [int(colour_of(speedup)[place : place + 2], 16) for place in (1, 3, 5)]
+        assert channels[most] > channels[least]
     assert told["summary"][0] in page
     assert "http" not in page
     assert "<script" not in page

@@ -69,7 +69,7 @@ def flat_curve(accepted: float, block_size: int, source: str | None = None) -> C
         UserError: no rate does.
 
     >>> round(flat_curve(7.5, 16).rates[1], 3)
-    0.912
+    0.886
     """
     if not 1 <= accepted <= block_size:
         raise UserError(

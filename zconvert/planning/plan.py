@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from zconvert.planning.acceptance import Curve
@@ -342,9 +342,3 @@ def with_changes(machine: Machine, *, price: float | None = None, efficiency: fl
     if efficiency is not None:
         changes["training_efficiency"] = efficiency
     return machine.model_copy(update=changes) if changes else machine
-
-
-def all_stages_with(stages: Sequence[Workload], **changes: Any) -> list[Workload]:
-    """Stages with some settings changed; None leaves one as it is."""
-    wanted = {name: value for name, value in changes.items() if value is not None}
-    return [replace(stage, **wanted) for stage in stages]

@@ -107,6 +107,8 @@ def run_python(code: str) -> str:
         "zconvert.checkpoint.source",
         "zconvert.checkpoint.headers",
         "zconvert.checkpoint.mask_token",
+        "zconvert.planning.calibrate",
+        "zconvert.planning.plan",
         "zconvert.tidar.families",
         "zconvert.tidar.settings",
     ],

@@ -15,6 +15,7 @@ from zconvert.cli import (
     generate,
     inspect,
     midtrain,
+    plan,
     recipes,
     report,
     run,
@@ -44,6 +45,14 @@ app.command(
     "inspect",
     epilog=_examples("zconvert inspect Qwen/Qwen3-30B-A3B", "zconvert inspect ./my-checkpoint --json"),
 )(ui.handled(inspect.command))
+app.command(
+    "plan",
+    epilog=_examples(
+        "zconvert plan Qwen/Qwen3-30B-A3B --gpu h100-80gb --gpus 64 --tokens 600B",
+        "zconvert plan ./my-tidar-init recipes/quickstart/midtrain.yaml --gpu my-machine.yaml",
+        "zconvert plan config.json --accepted ./my-run --explain batch=8,context=32768",
+    ),
+)(ui.handled(plan.command))
 app.command(
     "convert-init",
     epilog=_examples(

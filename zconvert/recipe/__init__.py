@@ -8,7 +8,14 @@ Paths in a recipe are relative to the folder where the command runs.
 from zconvert.recipe.convert_init import ConvertInitRecipe
 from zconvert.recipe.data import DatasetRecipe, SelfGeneratedRecipe
 from zconvert.recipe.extend_context import ExtendContextRecipe
-from zconvert.recipe.loading import BY_STAGE, dump_recipe, load_pipeline, load_recipe
+from zconvert.recipe.loading import (
+    BY_STAGE,
+    dump_recipe,
+    load_checked,
+    load_pipeline,
+    load_recipe,
+    load_training_recipe,
+)
 from zconvert.recipe.parallel import ParallelRecipe
 from zconvert.recipe.pipeline import ExportRecipe, PipelineRecipe
 from zconvert.recipe.sections import Recipe
@@ -28,6 +35,8 @@ __all__ = [
     "SftRecipe",
     "TrainingRecipe",
     "dump_recipe",
+    "load_checked",
     "load_pipeline",
     "load_recipe",
+    "load_training_recipe",
 ]

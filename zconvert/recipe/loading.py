@@ -15,8 +15,8 @@ from zconvert.errors import UserError
 from zconvert.recipe.convert_init import ConvertInitRecipe
 from zconvert.recipe.extend_context import ExtendContextRecipe
 from zconvert.recipe.pipeline import PipelineRecipe
-from zconvert.recipe.sections import Recipe, RecipeFile
-from zconvert.recipe.training import MidtrainRecipe, SftRecipe
+from zconvert.recipe.sections import Recipe, RecipeFile, Section
+from zconvert.recipe.training import MidtrainRecipe, SftRecipe, TrainingRecipe
 from zconvert.recipe.yaml_text import KeyPath, Problem, dotted, read_yaml, write_yaml
 
 _MAX_RECIPE_BYTES = 1_000_000
@@ -25,6 +25,7 @@ BY_STAGE = {kind.stage: kind for kind in _RECIPES}
 """command -> its recipe"""
 
 RecipeT = TypeVar("RecipeT", bound=RecipeFile)
+SectionT = TypeVar("SectionT", bound=Section)
 
 
 def load_recipe(path: Path, model_class: type[RecipeT]) -> RecipeT:
@@ -37,20 +38,52 @@ def load_recipe(path: Path, model_class: type[RecipeT]) -> RecipeT:
     Raises:
         UserError: the file cannot be read, or its contents are wrong; all unknown keys and bad values in one error.
     """
+    fix = "correct these; recipes/ has a commented example of each stage"
+    return load_checked(path, model_class, kind=f"{model_class.stage} recipe", fix=fix)
+
+
+def load_training_recipe(path: Path) -> TrainingRecipe:
+    """Reads the recipe of any training stage: of the last kind that takes it as it is, as later ones ask for more.
+
+    Raises:
+        UserError: none does; the problems told are those with the kind that has fewest.
+    """
+    kinds = [kind for kind in reversed(_RECIPES) if issubclass(kind, TrainingRecipe)]
+    refusals = []
+    for kind in kinds:
+        try:
+            return load_recipe(path, kind)
+        except UserError as error:
+            refusals.append(error)
+    raise min(refusals, key=lambda error: (error.found or "").count("\n"))
+
+
+def load_checked(path: Path, model_class: type[SectionT], *, kind: str, fix: str) -> SectionT:
+    """Reads a YAML file into a section of its own.
+
+    Args:
+        path: YAML file.
+        model_class: its contents.
+        kind: what to call the file in messages.
+        fix: what a user can do about mistakes in it.
+
+    Raises:
+        UserError: the file cannot be read, or its contents are wrong; all unknown keys and bad values in one error.
+    """
     values, lines, problems = _read_file(path)
-    recipe: RecipeT | None = None
+    checked: SectionT | None = None
     try:
-        recipe = model_class.model_validate(values)
+        checked = model_class.model_validate(values)
     except ValidationError as error:
         problems += _problems(error, model_class, lines)
-    if problems or recipe is None:
+    if problems or checked is None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise UserError(
-            f"{path} is not a valid {model_class.stage} recipe: {count}",
+            f"{path} is not a valid {kind}: {count}",
             found="\n".join(f"- {problem.sentence}" for problem in sorted(problems, key=lambda problem: problem.line)),
-            fix="correct these; recipes/ has a commented example of each stage",
+            fix=fix,
         )
-    return recipe
+    return checked
 
 
 def load_pipeline(path: Path) -> list[tuple[Path, Recipe]]:
@@ -109,7 +142,7 @@ def _read_file(path: Path) -> tuple[dict[Any, Any], dict[KeyPath, int], list[Pro
         ) from None
 
 
-def _problems(error: ValidationError, model: type[RecipeFile], lines: dict[KeyPath, int]) -> Iterator[Problem]:
+def _problems(error: ValidationError, model: type[Section], lines: dict[KeyPath, int]) -> Iterator[Problem]:
     """One sentence for each item that pydantic found wrong; a value with several faults is named once."""
     seen: set[KeyPath] = set()
     for item in error.errors(include_url=False):
@@ -164,7 +197,7 @@ def _expected(item: Any, path: KeyPath) -> str:
     return words.get(item["type"], message.replace("Input should be", "expected", 1))
 
 
-def _suggestion(path: KeyPath, model: type[RecipeFile], lines: dict[KeyPath, int]) -> str:
+def _suggestion(path: KeyPath, model: type[Section], lines: dict[KeyPath, int]) -> str:
     name = str(path[-1])
     if name == "block_length" and (*path[:-1], "block_size") in lines:
         return " beside block_size, which says the same: keep block_size"
@@ -183,7 +216,7 @@ def _suggestion(path: KeyPath, model: type[RecipeFile], lines: dict[KeyPath, int
     return f", did you mean {near[0]}?" if near else ""
 
 
-def _described(path: KeyPath, model: type[RecipeFile]) -> str:
+def _described(path: KeyPath, model: type[Section]) -> str:
     section = _section(model, path[:-1])
     field = section.model_fields.get(str(path[-1])) if section else None
     return f" ({field.description})" if field else ""

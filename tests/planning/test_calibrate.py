@@ -1,0 +1,137 @@
+"""Calibration: the fit finds what made the times, shallow models stand for the whole, bench can be laid over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.checkpoint.test_parameters import tiny_model
+from tests.planning.models import DEEPSEEK_V3, QWEN3_30B, ZAYA_8B, facts
+from zconvert.checkpoint.graft import convert_init
+from zconvert.checkpoint.load import load_model
+from zconvert.checkpoint.source import require_converted, resolve
+from zconvert.errors import UserError
+from zconvert.evaluation.bench import bench
+from zconvert.planning.calibrate import (
+    SETS,
+    Calibrated,
+    Sample,
+    against_bench,
+    calibrate,
+    errors,
+    fit,
+    predicted_seconds,
+    shallow_config,
+    worst,
+)
+from zconvert.planning.decoding import Calibration
+from zconvert.planning.machines import MACHINES
+from zconvert.planning.model import facts_from_config
+from zconvert.tidar.generate import layout_model_of
+
+CPU = MACHINES["cpu"].model_copy(update={"bandwidth_efficiency": 1.0, "matrix_efficiency": 1.0})
+TINY = Path("examples/tiny-zaya/checkpoint")
+TOKENS = sorted({size + size * len(proposals) for size, proposals in SETS})
+
+
+@pytest.mark.parametrize(
+    "true",
+    [
+        Calibration(2e-4, 1e-3, 3e-5, 1e-5, 2.0),
+        Calibration(0.0, 1e-3, 0.0, 0.0, 1.5),
+        Calibration(5e-4, 0.0, 1e-4, 2e-6, 0.0),
+    ],
+)
+def test_the_fit_finds_the_coefficients_that_made_the_times(true: Calibration) -> None:
+    samples = []
+    for depth in (1, 2, 4):
+        shape = facts("zaya", ZAYA_8B | {"num_hidden_layers": depth, "layer_types": ["hybrid"] * depth})
+        for tokens in TOKENS:
+            made = Calibrated(CPU, true, (), ())
+            touched = 16 * (1 - (15 / 16) ** tokens)
+            samples.append(Sample(shape, tokens, touched, predicted_seconds(shape, made, tokens, 4)))
+    found = fit(samples, CPU, 4)
+    for name in ("constant", "layer", "expert", "token", "roofline"):
+        assert getattr(found, name) == pytest.approx(getattr(true, name), rel=1e-3, abs=1e-9)
+
+
+def test_no_coefficient_is_below_zero_whatever_the_noise() -> None:
+    shape = facts("zaya", ZAYA_8B | {"num_hidden_layers": 1, "layer_types": ["hybrid"]})
+    falling = [Sample(shape, tokens, 1.0, 1.0 / tokens) for tokens in TOKENS]
+    found = fit(falling, CPU, 4)
+    assert min(found.constant, found.layer, found.expert, found.token, found.roofline) >= 0
+
+
+@pytest.mark.parametrize(("model_type", "config"), [("zaya", ZAYA_8B), ("qwen3_moe", QWEN3_30B)])
+def test_a_shallow_config_has_the_widths_of_the_whole(model_type: str, config: dict[str, Any]) -> None:
+    whole, shallow = facts(model_type, config), facts(model_type, shallow_config(config, 2))
+    assert (shallow.layers, shallow.moe_layers) == (2, 2)
+    for name in ("hidden", "experts", "expert_parameters", "queries", "keys", "vocabulary"):
+        assert getattr(shallow, name) == getattr(whole, name)
+
+
+def test_a_shallow_config_of_a_model_with_dense_layers_has_experts_in_all() -> None:
+    shallow = facts("deepseek_v3", shallow_config(DEEPSEEK_V3, 1))
+    assert (shallow.layers, shallow.moe_layers) == (1, 1)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "llama", "deepseek_v3", "gpt_oss"])
+def test_a_family_is_measured_with_models_of_its_own(model_type: str) -> None:
+    config = json.loads(tiny_model(model_type, 4, "meta").config.to_json_string(use_diff=False))
+    calibrated = calibrate(config, rounds=1)
+    assert {sample.tokens for sample in calibrated.samples} == {1, 4, 8, 16, 32, 64, 128, 192, 272}
+    assert all(sample.seconds > 0 for sample in calibrated.samples)
+    assert all(value >= 0 for value in vars(calibrated.calibration).values())
+    assert predicted_seconds(facts_from_config(config, "whole"), calibrated, 16, 4) > 0
+
+
+def test_bench_is_laid_over_the_prediction() -> None:
+    model = facts("zaya", ZAYA_8B)
+    calibrated = Calibrated(CPU, Calibration(0.0, 1e-3, 0.0, 0.0, 0.0), (), ())  # 40 ms, whatever the tokens
+    document = {
+        "dtype": "float32",
+        "results": {
+            "ar": {"tokens_in_forward": 1.0, "forward_ms": 50.0, "tokens_per_forward": 1.0},
+            "lossless": {
+                **{"tokens_in_forward": 80.0, "forward_ms": 40.0, "tokens_per_forward": 4.0},
+                "forward_cost": 0.8,
+            },
+            "baseline": {"tokens_in_forward": 1.0, "forward_ms": 1.0},
+        },
+    }
+    ar, lossless = against_bench(model, calibrated, document)
+    assert (ar["sampler"], ar["predicted_ms"], ar["error"]) == ("ar", pytest.approx(40), pytest.approx(-0.2))
+    assert lossless["predicted_speedup"] == pytest.approx(4.0)
+    assert lossless["measured_speedup"] == pytest.approx(5.0)
+    assert lossless["speedup_error"] == pytest.approx(-0.2)
+
+
+@pytest.mark.parametrize("document", [{}, {"results": {"ar": {}}}, {"results": 3}])
+def test_another_document_is_refused(document: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="no document of `zconvert bench --json`"):
+        against_bench(facts("zaya", ZAYA_8B), Calibrated(CPU, Calibration(1, 0, 0, 0, 0), (), ()), document)
+
+
+@pytest.mark.slow
+def test_predictions_for_the_quickstarts_model_are_within_20_percent_of_the_same_run(tmp_path: Path) -> None:
+    """Needs a machine with little else to do: times are compared."""
+    torch.set_num_threads(1)
+    convert_init(resolve(TINY), tmp_path / "init", block_size=16)
+    source = resolve(tmp_path / "init")
+    model, tokenizer = load_model(source, dtype="float32", device="cpu")
+    config = json.loads((tmp_path / "init" / "config.json").read_text())
+    shape = facts_from_config(config, "tiny")
+    layouts = layout_model_of(model)
+    calibrated = calibrate(config, whole=layouts)
+    assert worst(errors(shape, calibrated, 4)) < 0.20
+    prompts = [tokenizer(text)["input_ids"] for text in ("Mia has 27 apples.", "Ben had 8 pens and lost 3.")]
+    measured = bench(
+        layouts, prompts, require_converted(source), max_new_tokens=64, proposals=(1, 3, 5, 8), mix_weights=(0.5,)
+    )
+    rows = against_bench(shape, calibrated, measured)
+    assert worst(rows) < 0.20
+    assert worst(rows, "speedup_error") < 0.20

@@ -1,0 +1,408 @@
+"""`zconvert plan`: will it fit, how long, how much, and will it decode faster. No weights are loaded or fetched."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from zconvert.cli import options
+from zconvert.cli.ui import err, out, print_json
+from zconvert.errors import UserError
+from zconvert.planning.acceptance import DEFAULT_CURVE, PUBLISHED, find_curve
+from zconvert.planning.decoding import Cell, Device, device_for, predict
+from zconvert.planning.heatmap import MODES, heat_map
+from zconvert.planning.machines import find_machine
+from zconvert.planning.plan import (
+    BATCHES,
+    CONTEXTS,
+    count_of,
+    document_of,
+    explain,
+    plan_stage,
+    speed_map,
+    with_changes,
+)
+from zconvert.planning.target import Target, find_target
+from zconvert.planning.workload import Workload, frozen_bits, workload_of
+from zconvert.recipe import load_training_recipe
+from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, MAX_BLOCK_SIZE, GatedParts
+
+_RECIPES = (".yaml", ".yml")
+_MOST_REJECTED = 6
+_SMALL_BYTES = 2e9
+_UNITS = ("gigabytes", "gigaflops", "milliseconds")
+
+
+class Mode(StrEnum):
+    """Values of --mode."""
+
+    FULL = "full"
+    GATED = "gated"
+
+
+def command(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CHECKPOINT|RECIPE…",
+            help="A checkpoint's folder, a Hub id or a config.json; then recipes of training stages, if there are any.",
+        ),
+    ],
+    gpu: Annotated[str, typer.Option(help="Device to train and decode on, or a .yaml file of one's own.")] = (
+        "h100-80gb"
+    ),
+    gpus: Annotated[int, typer.Option(min=1, help="How many of them train.")] = 8,
+    tokens: Annotated[str | None, typer.Option(metavar="600B", help="Clean tokens to train on, in each stage.")] = None,
+    mode: Annotated[Mode | None, typer.Option(help="Default: the checkpoint's, else full.")] = None,
+    sequence_len: Annotated[int | None, typer.Option(min=2, help="Clean tokens a row. Default: the recipe's.")] = None,
+    source_bits: Annotated[
+        int | None, typer.Option(help="Bits of a frozen source: 4, 8, 16 or 32. Default: the recipe's.")
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0.0, help="US dollars for a device and hour.")] = None,
+    efficiency: Annotated[
+        float | None, typer.Option(min=0.01, max=1.0, help="Share of peak FLOP/s that training reaches.")
+    ] = None,
+    accepted: Annotated[
+        str, typer.Option(help=f"Tokens per forward, a run's folder, or published: {', '.join(PUBLISHED)}.")
+    ] = DEFAULT_CURVE,
+    block_size: Annotated[
+        int | None, typer.Option(min=2, max=MAX_BLOCK_SIZE, help="Tokens per diffusion block.")
+    ] = None,
+    proposals: options.Proposals = None,
+    batch: Annotated[str | None, typer.Option(metavar="1,8,32", help="Batches of the map.")] = None,
+    context: Annotated[str | None, typer.Option(metavar="4096,32768", help="Contexts of the map, tokens.")] = None,
+    why: Annotated[
+        str | None,
+        typer.Option("--explain", metavar="batch=8,context=32768", help="The arithmetic behind a cell of the map."),
+    ] = None,
+    heatmap: Annotated[Path | None, typer.Option(help="Write the map into this .html file.")] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure this device with small models, and decode on it.")
+    ] = False,
+    bench: Annotated[
+        Path | None, typer.Option(help="A document of `bench --json` to lay over what --calibrate predicts.")
+    ] = None,
+    as_json: options.Json = False,
+    revision: options.Revision = None,
+    token: options.Token = None,
+) -> None:
+    """Tell what a conversion costs and whether it pays, before anything is spent."""
+    counts = options.accepted_counts(proposals, block_size)
+    batches = _whole_numbers(batch, "--batch") or BATCHES
+    contexts = _whole_numbers(context, "--context") or CONTEXTS
+    cell_wanted = None if why is None else _cell_of(why)
+    budget = None if tokens is None else parse_count(tokens)
+    if source_bits not in (None, 4, 8, 16, 32):
+        raise typer.BadParameter(f"{source_bits} is none of 4, 8, 16 and 32", param_hint="--source-bits")
+    if heatmap is not None and heatmap.suffix.lower() not in (".html", ".htm"):
+        raise typer.BadParameter(f"{heatmap} does not end in .html", param_hint="--heatmap")
+    if bench is not None and not calibrate:
+        raise typer.BadParameter("it is compared with a measured device: add --calibrate", param_hint="--bench")
+    machine = with_changes(find_machine(gpu), price=price, efficiency=efficiency)
+    with err.status(Text(f"Reading {targets[0]} …")):
+        target, recipes = _read(targets, revision, token)
+    size = block_size or (target.settings.block_size if target.settings else DEFAULT_BLOCK_SIZE)
+    works = _stages(target, recipes, size, mode, sequence_len, source_bits, machine_is_cpu=machine.name == "cpu")
+    curve = find_curve(accepted, size)
+    facts = target.facts
+    stages = [plan_stage(facts, work, machine, gpus, budget) for work in works]
+    gated = works[-1].gated
+    masks_pass_experts = gated is None or gated.mlp != "replace" or not facts.experts
+    measured = _measure(target, bench) if calibrate else None
+    if measured is None:
+        device = device_for(facts, machine, gpus, masks_pass_experts=masks_pass_experts)
+    else:
+        device = replace(measured.device, masks_pass_experts=masks_pass_experts)
+    cells = speed_map(facts, device, curve, batches, contexts, counts)
+    document = document_of(facts, stages, machine, gpus, device, curve, cells)
+    document["model"]["source"] = target.source
+    if measured is not None:
+        document["calibration"] = measured.document
+    if cell_wanted is not None:
+        chosen = predict(facts, device, curve, *cell_wanted, proposals=counts)
+        document["explain"] = [explain(facts, device, curve, cell) for cell in chosen]
+    if heatmap is not None:
+        title = f"{facts.name} on {device.gpus} × {machine.name}"
+        _write(heatmap, heat_map(cells, title, [*document["summary"], f"Acceptance: {curve.source}."]))
+    if as_json:
+        print_json(document)
+    else:
+        show(document, cells)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The device that this runs on, and what is told of it."""
+
+    device: Device
+    document: dict[str, Any]
+
+
+def _measure(target: Target, bench: Path | None) -> _Measured:
+    document = None if bench is None else read_json(bench)
+    import torch
+
+    from zconvert.planning import calibrate as library
+
+    name = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = "bfloat16" if name == "cuda" else "float32"
+    with err.status(Text("Measuring this device …")):
+        calibrated = library.calibrate(target.config, device=name, dtype=dtype, whole=_whole(target, name, dtype))
+    size = 2 if dtype == "bfloat16" else 4
+    told = {
+        "machine": calibrated.machine.model_dump(mode="json"),
+        "dtype": dtype,
+        "coefficients": asdict(calibrated.calibration),
+        "forwards": library.errors(target.facts, calibrated, size),
+        "bench": [] if document is None else library.against_bench(target.facts, calibrated, document),
+    }
+    return _Measured(Device(calibrated.machine, 1, size, size, calibration=calibrated.calibration), told)
+
+
+def _whole(target: Target, device: str, dtype: str) -> Any:
+    """The model itself, to check predictions on, where it is small and lies here."""
+    if target.folder is None or target.facts.stored_bytes > _SMALL_BYTES:
+        return None
+    from zconvert.checkpoint.load import load_model
+    from zconvert.checkpoint.source import resolve
+    from zconvert.tidar.generate import layout_model_of
+
+    return layout_model_of(load_model(resolve(target.folder), dtype=dtype, device=device)[0])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A document of bench.
+
+    Raises:
+        UserError: it cannot be read, or is none.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read", found=error, expected="what `bench --json` printed") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{path} is no document of bench", expected="what `bench --json` printed")
+    return document
+
+
+def parse_count(text: str) -> float:
+    """A number of tokens as people write it.
+
+    >>> parse_count("600B")
+    600000000000.0
+    """
+    units = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+    unit = units.get(text[-1:].upper(), 1.0)
+    try:
+        value = float(text[:-1] if unit > 1 else text) * unit
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e18:
+        raise typer.BadParameter(f"{text!r} is no number of tokens, such as 600B or 2e9", param_hint="--tokens")
+    return value
+
+
+def _read(targets: list[str], revision: str | None, token: str | None) -> tuple[Target, list[Any]]:
+    recipes = [load_training_recipe(Path(text)) for text in targets if text.lower().endswith(_RECIPES)]
+    others = [text for text in targets if not text.lower().endswith(_RECIPES)]
+    if len(others) > 1:
+        raise UserError(
+            "plan takes one checkpoint", found=", ".join(others), expected="a checkpoint, then recipes (*.yaml)"
+        )
+    if not others:
+        others, revision = [recipes[0].base_model], revision or recipes[0].revision
+    return find_target(others[0], revision=revision, token=token), recipes
+
+
+def _stages(
+    target: Target,
+    recipes: list[Any],
+    block_size: int,
+    mode: Mode | None,
+    sequence_len: int | None,
+    source_bits: int | None,
+    *,
+    machine_is_cpu: bool,
+) -> list[Workload]:
+    parts = target.settings.gated if target.settings is not None else None
+    if mode is not None:
+        parts = None if mode == Mode.FULL else parts or GatedParts()
+    if source_bits is not None and parts is None:
+        raise typer.BadParameter("only a frozen source is packed: add --mode gated", param_hint="--source-bits")
+    works = [workload_of(recipe, block_size, parts) for recipe in recipes]
+    if not works:
+        number = 4 if machine_is_cpu else 2
+        works = [Workload(gated=parts, block_size=block_size, compute_bytes=number, source_bits=frozen_bits(number))]
+    if source_bits is not None:
+        works = [replace(work, source_bits=source_bits) for work in works]
+    return works if sequence_len is None else [replace(work, sequence_len=sequence_len) for work in works]
+
+
+def _whole_numbers(text: str | None, option: str) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        values = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        values = (0,)
+    if values[0] < 1:
+        raise typer.BadParameter(f"{text!r} is no list of whole numbers from 1, such as 1,8,32", param_hint=option)
+    return values
+
+
+def _cell_of(text: str) -> tuple[int, int]:
+    try:
+        values = {key.strip(): int(value) for key, value in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        values = {}
+    if set(values) != {"batch", "context"} or min(values.values()) < 1:
+        raise typer.BadParameter(f"{text!r} is not like batch=8,context=32768", param_hint="--explain")
+    return values["batch"], values["context"]
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written", found=error.strerror, fix="check the folder") from None
+
+
+def show(document: dict[str, Any], cells: list[Cell]) -> None:
+    """Prints the plan for people."""
+    for line in document["summary"]:
+        out.print(Text(line, style="bold"))
+    model = document["model"]
+    out.print()
+    experts = f", {model['experts_per_token']} of {model['experts']} experts" if model["experts"] else ", dense"
+    out.print(
+        Text(
+            f"{model['name']}: {count_of(model['parameters'])} parameters, {count_of(model['active_parameters'])} "
+            f"active{experts} (from {model['source']})"
+        )
+    )
+    for stage in document["stages"]:
+        out.print()
+        out.print(_stage_table(stage))
+        _show_rejected(stage["rejected"])
+    for mode, title in MODES.items():
+        out.print()
+        out.print(_map_table([cell for cell in cells if cell.mode == mode], title))
+    decoding = document["decoding"]
+    roofline, where = decoding["blocks_under_roofline"], f"{decoding['gpus']} × {document['machine']['name']}"
+    if "calibration" in document:
+        where = document["calibration"]["machine"]["name"]
+    out.print(
+        Text(
+            f"Speedup over AR, decoding on {where}, acceptance of "
+            f"{document['acceptance']['source']}. Dim: does not fit. About {roofline:.0f} blocks of "
+            f"{document['acceptance']['block_size']} cost attention over a long cache nothing."
+        )
+    )
+    if "calibration" in document:
+        _show_calibration(document["calibration"])
+    for explained in document.get("explain", ()):
+        out.print()
+        _show_explained(explained)
+
+
+def _show_calibration(told: dict[str, Any]) -> None:
+    machine = told["machine"]
+    out.print()
+    out.print(
+        Text(
+            f"Measured: {machine['bandwidth_gb_s']:,.0f} GB/s, {machine['bf16_tflops']:.2f} TFLOP/s ({told['dtype']}), "
+            f"{machine['kernel_us']:.1f} µs a kernel."
+        )
+    )
+    rows = [("a forward", row) for row in told["forwards"]] + [(row["sampler"], row) for row in told["bench"]]
+    if not rows:
+        return
+    table = Table(title="Prediction and measurement", title_justify="left")
+    for name in ("", "tokens", "predicted\nms", "measured\nms", "error", "predicted\nspeedup", "measured\nspeedup"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, row in rows:
+        speedups = [f"{row[key]:.2f}×" if key in row else "" for key in ("predicted_speedup", "measured_speedup")]
+        times = [f"{row[key]:.2f}" for key in ("predicted_ms", "measured_ms")]
+        table.add_row(name, f"{row['tokens']:.0f}", *times, f"{row['error']:+.0%}", *speedups)
+    out.print(table)
+
+
+def _stage_table(stage: dict[str, Any]) -> Table:
+    memory, time = stage["memory"], stage["time"]
+    table = Table(title=f"{stage['stage']}, {stage['mode']}: {stage['layout']['title']}", title_justify="left")
+    for name, justify in (("Memory a device", "left"), ("GB", "right"), ("Time", "left"), ("", "right")):
+        table.add_column(name, justify="right" if justify == "right" else "left")
+    names = [name for name in memory if name.endswith("_gb")]
+    left = [(name.removesuffix("_gb").replace("_", " "), f"{memory[name]:.1f}") for name in names]
+    left.append(("total", f"{memory['total_gb_per_gpu']:.1f} of {memory['usable_gb_per_gpu']:.1f}"))
+    right = [
+        ("step", f"{time['step_seconds']:.3g} s"),
+        ("tokens a step", f"{time['tokens_per_step']:,}"),
+        ("tokens/s", f"{time['tokens_per_second']:,.0f}"),
+    ]
+    if "days" in time:
+        right += [
+            ("steps", f"{time['steps']:,}"),
+            ("tokens", count_of(time["tokens"])),
+            ("days", f"{time['days']:.3g}"),
+        ]
+        right += [("cost", f"${time['dollars']:,.0f}")] if time["dollars"] is not None else []
+    right.append(("disk", f"{sum(stage['disk_gb'].values()):,.1f} GB"))
+    for row in range(max(len(left), len(right))):
+        table.add_row(*(left[row] if row < len(left) else ("", "")), *(right[row] if row < len(right) else ("", "")))
+    return table
+
+
+def _show_rejected(rejected: list[dict[str, str]]) -> None:
+    for entry in rejected[:_MOST_REJECTED]:
+        out.print(Text(f"  not {entry['layout']}: {entry['reason']}", style="dim"))
+    if len(rejected) > _MOST_REJECTED:
+        out.print(Text(f"  and {len(rejected) - _MOST_REJECTED} more: --json has them", style="dim"))
+
+
+def _map_table(cells: list[Cell], title: str) -> Table:
+    batches = sorted({cell.batch_size for cell in cells})
+    table = Table(title=title, title_justify="left")
+    table.add_column("context \\ batch", justify="right")
+    for batch in batches:
+        table.add_column(str(batch), justify="right", no_wrap=True)
+    by_place = {(cell.batch_size, cell.context): cell for cell in cells}
+    for context in sorted({cell.context for cell in cells}):
+        row = [by_place[batch, context] for batch in batches]
+        table.add_row(f"{context:,}", *(_speedup(cell) for cell in row))
+    return table
+
+
+def _speedup(cell: Cell) -> Text:
+    style = "dim" if not cell.fits else "green" if cell.speedup > 1 else "red"
+    return Text(f"{cell.speedup:.2f}×", style=style)
+
+
+def _show_explained(explained: dict[str, Any]) -> None:
+    """Bytes, operations and time by part; those of two forwards are added up."""
+    title = f"{MODES[explained['mode']]}, batch {explained['batch_size']}, context {explained['context']:,}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("part")
+    for name in ("AR", "TiDAR"):
+        for unit in (f"{name}\nGB", "\nGFLOP", "\nms"):
+            table.add_column(unit, justify="right", no_wrap=True)
+    for place, part in enumerate(explained["ar"]["parts"]):
+        same = [step["parts"][place] for step in explained["tidar"]]
+        cells = [f"{sum(each[key] for each in each_kind):,.2f}" for each_kind in ([part], same) for key in _UNITS]
+        table.add_row(part["name"], *cells)
+    out.print(table)
+    tokens = " + ".join(f"{step['tokens']:.0f}" for step in explained["tidar"])
+    read = ""
+    if explained["ar"]["touched_experts"]:
+        touched = explained["tidar"][0]["touched_experts"]
+        read = f"; {touched:.1f} experts of a layer are read instead of {explained['ar']['touched_experts']:.1f}"
+    out.print(Text(f"{tokens} tokens a sequence instead of 1{read}. {explained['sentence']}."))

@@ -1,0 +1,70 @@
+"""How a stage can be spread over devices, and which spread to take.
+
+Three ways, combined: *sharding* (FSDP: each device keeps 1/N of all weights, gradients and optimizer, and gathers a
+layer before it runs), *context parallel* c (a row is cut into 2c chunks, a device takes one from each end, so that all
+work alike on a causal mask) and *expert parallel* e (a device keeps E/e experts of each layer, tokens travel to them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from zconvert.planning.model import ModelFacts
+from zconvert.planning.workload import Workload
+
+_MOST = 16
+"""devices that share a row, or a layer's experts, at most: beyond that communication takes over"""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A spread of one run over `gpus` devices."""
+
+    gpus: int = 1
+    sharded: bool = False
+    """FSDP over all devices; otherwise each holds everything"""
+    context_parallel: int = 1
+    expert_parallel: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Devices that work on rows of their own."""
+        return self.gpus // self.context_parallel
+
+    @property
+    def title(self) -> str:
+        """In words: `FSDP 8, CP 2`."""
+        parts = [f"FSDP {self.gpus}"] if self.sharded else [f"{self.gpus} replicas"] if self.gpus > 1 else ["1 device"]
+        parts += [f"CP {self.context_parallel}"] if self.context_parallel > 1 else []
+        parts += [f"EP {self.expert_parallel}"] if self.expert_parallel > 1 else []
+        return ", ".join(parts)
+
+
+def layouts(model: ModelFacts, work: Workload, gpus: int) -> Iterator[tuple[Layout, str | None]]:
+    """All layouts worth a look, and why one cannot be, whatever the memory; None where it can."""
+    degrees = [2**power for power in range(_MOST.bit_length()) if 2**power <= min(gpus, _MOST)]
+    for context in degrees:
+        for experts in degrees:
+            for sharded in (False, True):
+                if (not sharded and experts > 1) or (sharded and gpus == 1):
+                    continue
+                layout = Layout(gpus, sharded, context, experts)
+                yield layout, _obstacle(model, work, layout)
+
+
+def _obstacle(model: ModelFacts, work: Workload, layout: Layout) -> str | None:
+    gpus, context, experts = layout.gpus, layout.context_parallel, layout.expert_parallel
+    if gpus % context:
+        return f"{gpus} devices are not a multiple of CP {context}"
+    if gpus % experts:
+        return f"{gpus} devices are not a multiple of EP {experts}"
+    if context > 1 and work.sequence_len % (2 * context * work.block_size):
+        return f"{work.sequence_len} tokens do not cut into {2 * context} chunks of whole blocks of {work.block_size}"
+    if experts > 1 and model.experts == 0:
+        return "the model is dense: it has no experts to spread"
+    if experts > 1 and model.experts % experts:
+        return f"{model.experts} experts are not a multiple of EP {experts}"
+    if experts > 1 and work.gated is not None and work.gated.mlp == "replace":
+        return "mask slots pass no routed expert in this gated mode: spreading them gains nothing"
+    return None

@@ -66,7 +66,9 @@ def made_small(path: Path, recipe: Recipe, folder: Path, base: str) -> dict[str,
         if gated:
             gated |= {"rank": 2, "mlp_width": 8}
         return settings
-    data = [{"path": str(folder / "data.jsonl")}]
+    data: list[dict[str, str]] = [{"path": str(folder / "data.jsonl")}]
+    if recipe.stage == "sft":
+        data = [{"path": str(folder / "chat.jsonl"), "type": "chat"}]
     settings |= {"datasets": data, "sequence_len": 64, "max_steps": 2, "warmup_steps": 0, "logging_steps": 1}
     settings |= {"gradient_accumulation_steps": 1, "micro_batch_size": 1, "num_threads": 1}
     if "evaluation" in settings:
@@ -84,10 +86,13 @@ def test_a_shipped_pipeline_goes_through_on_a_tiny_model_of_its_family(path: Pat
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": text * n}) + "\n" for n in (1, 2, 4, 6)))
     names: dict[str, Any] = yaml.safe_load(path.read_text())
     recipes = dict(load_pipeline(path))
-    if (path.parent / "extend-context.yaml").exists() and "gated" not in path.stem:  # with it, named in there or not
-        longer = path.parent / "extend-context.yaml"
-        recipes[longer] = load_recipe(longer, ExtendContextRecipe)
-        names["extend-context"] = longer.name
+    said = [{"role": "user", "content": "the old cat"}, {"role": "assistant", "content": "sat on the mat"}]
+    (tmp_path / "chat.jsonl").write_text((json.dumps({"messages": said}) + "\n") * 3)
+    for stage in ("extend-context", "sft"):  # with these, named in there or not
+        more = path.parent / f"{stage}.yaml"
+        if more.exists() and "gated" not in path.stem:
+            recipes[more] = load_recipe(more, BY_STAGE[stage])
+            names[stage] = more.name
     for file, recipe in sorted(recipes.items(), key=lambda item: STAGES.index(item[1].stage)):
         settings = made_small(file, recipe, tmp_path, base)
         (tmp_path / file.name).write_text(json.dumps(settings))

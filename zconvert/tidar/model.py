@@ -29,6 +29,9 @@ class RowShard(Protocol):
     def key(self) -> Layout:
         """(R, K) the keys that attention gathers."""
 
+    def masks(self, family: Family, config: Any, dtype: torch.dtype) -> Any:
+        """The `attention_mask` argument of the forward."""
+
     def predecessors(self, past: int) -> Predecessors:
         """For convolutions that read `past` tokens of the past."""
 
@@ -105,7 +108,9 @@ class LayoutModel:
         elif key is None:
             key = with_committed(layout, committed) if committed else layout
         masks: Any
-        if isinstance(key, PackedLayout) and self.config._attn_implementation in (FLEX, SEGMENTS):
+        if shard is not None:
+            masks = shard.masks(self.family, self.config, self.model.dtype)
+        elif isinstance(key, PackedLayout) and self.config._attn_implementation in (FLEX, SEGMENTS):
             masks = packed_masks(self.family, self.config, key, key.num_tokens - layout.num_tokens)
         else:
             masks = attention_masks(self.family, self.config, layout, key, self.model.dtype)

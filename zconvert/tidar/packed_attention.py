@@ -159,7 +159,20 @@ def packed_mask(layout: PackedLayout, reach: Reach, tile: int = TILE, start: int
     """
     whole = runs_of(layout, reach)
     runs = Runs(*(getattr(whole, field.name)[:, start:].contiguous() for field in fields(Runs)))
-    keys = -(-layout.num_tokens // tile)
+    first_slot = layout.num_tokens if layout.first_slot is None else layout.first_slot
+    return mask_of(runs, layout.num_tokens, first_slot - start, tile)
+
+
+def mask_of(runs: Runs, num_keys: int, first_slot: int, tile: int = TILE) -> PackedMask:
+    """The mask of queries that see runs of keys.
+
+    Args:
+        runs: (R, N), in columns of the keys.
+        num_keys: K.
+        first_slot: the query where the mask slots begin, behind the clean tokens.
+        tile: queries and keys of a tile.
+    """
+    keys = -(-num_keys // tile)
     clean, own = _tiles(runs.first, runs.end, tile, keys), _tiles(runs.own_first, runs.own_end, tile, keys)
     full = clean[1] + own[1] == tile
     some = (clean[0] + own[0] > 0) & ~full
@@ -168,10 +181,9 @@ def packed_mask(layout: PackedLayout, reach: Reach, tile: int = TILE, start: int
         *_ordered(full),
         BLOCK_SIZE=tile,
         mask_mod=mask_function(runs),
-        seq_lengths=(layout.num_tokens - start, layout.num_tokens),
+        seq_lengths=(runs.first.shape[1], num_keys),
     )
-    first_slot = layout.num_tokens if layout.first_slot is None else layout.first_slot
-    mask.runs, mask.first_slot = runs, first_slot - start
+    mask.runs, mask.first_slot = runs, first_slot
     return mask
 
 

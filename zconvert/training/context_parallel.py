@@ -12,7 +12,7 @@ the tokens before a chunk, which are at the end of the chunk to its left: those 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -23,8 +23,11 @@ from transformers.masking_utils import eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from zconvert.errors import UserError
-from zconvert.tidar.layout import NO_PREDECESSOR, PADDING, Layout
+from zconvert.tidar.families import Family
+from zconvert.tidar.layout import NO_PREDECESSOR, PADDING, Layout, PackedLayout
+from zconvert.tidar.masks import Reach, attention_masks, route
 from zconvert.tidar.model import LayoutModel
+from zconvert.tidar.packed_attention import FLEX, SEGMENTS, TILE, Runs, mask_of, runs_of
 from zconvert.tidar.predecessors import Predecessors
 from zconvert.tidar.sinks import stock_attention
 
@@ -59,15 +62,15 @@ class ContextParallel:
                 fix="set parallel.context_parallel to 1",
             )
         config = model.config
-        self.stock: str = config._attn_implementation
-        """what attends where rows are whole"""
+        self.implementation: str = config._attn_implementation
+        """what attends, once keys and values are gathered"""
         AttentionInterface.register(ATTENTION, _attention)
         AttentionMaskInterface.register(ATTENTION, eager_mask)
         for module in model.model.modules():
-            module.__dict__["context_parallel"] = (self, config._attn_implementation)
+            module.__dict__["context_parallel"] = self
         config._attn_implementation = ATTENTION
 
-    def shard(self, layout: Layout) -> Shard:
+    def shard(self, layout: PackedLayout) -> Shard:
         """This process's part of packed rows.
 
         Args:
@@ -102,17 +105,13 @@ class ContextParallel:
             predecessors=local(layout.predecessors, NO_PREDECESSOR),
         )
 
-        def with_gathered(whole: Tensor, part: Tensor) -> Tensor:
-            return torch.cat([whole[:, gathered], part[:, 2 * chunk :]], dim=1)
-
         key = Layout(
-            position_ids=with_gathered(layout.position_ids, query.position_ids),
-            clean_limit=with_gathered(layout.clean_limit, query.clean_limit),
-            block_ids=with_gathered(layout.block_ids, query.block_ids),
-            document_ids=with_gathered(layout.document_ids, query.document_ids),
-            predecessors=with_gathered(layout.predecessors, query.predecessors),
+            *(
+                torch.cat([getattr(layout, f.name)[:, :length], getattr(query, f.name)[:, 2 * chunk :]], dim=1)
+                for f in fields(Layout)
+            )
         )
-        return Shard(self, query, key, columns, is_real, gathered, chunk, length)
+        return Shard(self, layout, query, key, columns, is_real, gathered, chunk, length)
 
     def gather(self, states: Tensor) -> Tensor:
         """(…) -> (P, …): the states of all processes; gradients go back to where they came from."""
@@ -124,10 +123,12 @@ class Shard:
     """The part of packed rows that one process has: N columns, two chunks of clean tokens and some mask slots."""
 
     context: ContextParallel
+    whole: PackedLayout
+    """(R, 2T), the rows"""
     layout: Layout
     """(R, N); predecessors count in the whole rows"""
     key: Layout
-    """(R, T + mask slots): all clean tokens, in the order in which they are gathered, and this process's mask slots"""
+    """(R, T + mask slots): all clean tokens of the rows, and this process's mask slots"""
     columns: Tensor
     """(R, N) place in the whole rows"""
     is_real: Tensor
@@ -138,6 +139,31 @@ class Shard:
     """clean tokens in a chunk"""
     length: int
     """T"""
+
+    def masks(self, family: Family, config: Any, dtype: torch.dtype) -> Any:
+        """The `attention_mask` argument of a forward: packed where the implementation takes that, else dense."""
+        implementation = self.context.implementation
+        if implementation not in (FLEX, SEGMENTS):
+            return attention_masks(family, config, self.layout, self.key, dtype)
+        keys = self.key.num_tokens
+        tile = TILE if implementation == FLEX else keys
+        return route(family, config, keys, lambda reach: mask_of(self.runs(reach), keys, self.num_clean, tile))
+
+    def runs(self, reach: Reach) -> Runs:
+        """Which columns of `key` each query sees: blocks stay whole and in order, so that they only move."""
+        whole = runs_of(self.whole, reach)
+        of_query = Runs(*(getattr(whole, field.name).gather(1, self.columns) for field in fields(Runs)))
+        index = torch.arange(self.columns.shape[1], device=self.columns.device)
+        place = self.length - self.num_clean + index  # of a slot among the keys
+        is_slot = (index >= self.num_clean).expand_as(self.is_real)
+        moved = (place - self.columns).masked_fill(~is_slot, 0)
+        # What fills rows up sees itself.
+        return Runs(
+            first=of_query.first.masked_fill(~self.is_real, 0),
+            end=of_query.end.masked_fill(~self.is_real, 0),
+            own_first=torch.where(self.is_real, of_query.own_first + moved, place).int(),
+            own_end=torch.where(self.is_real, of_query.own_end + moved, place + 1).int(),
+        )
 
     @property
     def num_clean(self) -> int:
@@ -196,9 +222,7 @@ class Shard:
     @property
     def whole_predecessors(self) -> Tensor:
         """(R, T) predecessors of all clean tokens, by place in the row."""
-        whole = torch.empty_like(self.key.predecessors[:, : self.length])
-        whole[:, self.gathered] = self.key.predecessors[:, : self.length]
-        return whole
+        return self.whole.predecessors[:, : self.length]
 
 
 @dataclass
@@ -240,21 +264,22 @@ class _Gather(torch.autograd.Function):
 
 
 def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **options: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """An attention function of transformers: gathers clean keys and values, then attends as the model always did."""
-    context, implementation = module.__dict__["context_parallel"]
+    context: ContextParallel = module.__dict__["context_parallel"]
     slots = _slots(attention_mask, key, context)
     clean = key.shape[2] - slots
 
     def everyone(states: Tensor) -> Tensor:
-        gathered = context.gather(states[:, :, :clean])  # (P, R, heads, clean, width)
-        return torch.cat([gathered.movedim(0, 2).flatten(2, 3), states[:, :, clean:]], dim=2)
+        chunks = context.gather(states[:, :, :clean]).unflatten(3, (2, -1))  # (P, R, heads, 2, chunk, width)
+        in_order = torch.cat([chunks[:, :, :, 0], chunks[:, :, :, 1].flip(0)])  # (2P, R, heads, chunk, width)
+        return torch.cat([in_order.movedim(0, 2).flatten(2, 3), states[:, :, clean:]], dim=2)
 
-    attend = ALL_ATTENTION_FUNCTIONS.get(implementation) or stock_attention(module)
+    attend = ALL_ATTENTION_FUNCTIONS.get(context.implementation) or stock_attention(module)
     return attend(module, query, everyone(key), everyone(value), attention_mask, **options)  # type: ignore[no-any-return]
 
 
-def _slots(attention_mask: Tensor, key: Tensor, context: ContextParallel) -> int:
+def _slots(attention_mask: Any, key: Tensor, context: ContextParallel) -> int:
     """Mask slots s among the n keys of this process, of P · (n - s) + s in the mask."""
     return (context.size * key.shape[2] - attention_mask.shape[-1]) // (context.size - 1)

@@ -14,25 +14,35 @@ from zconvert.tidar.packed_attention import FLEX, SEGMENTS
 
 if TYPE_CHECKING:  # this module runs where what reads recipes is not installed (benchmarks/step_time.py)
     from zconvert.recipe import TrainingRecipe
+    from zconvert.training.context_parallel import ContextParallel
 
 GROUPED = "grouped_mm_autocast"
 """of the experts' implementation, in transformers' registry"""
 
 
-def choose_implementations(model: LayoutModel, recipe: TrainingRecipe, device: torch.device) -> tuple[str, str]:
+def choose_implementations(
+    model: LayoutModel, recipe: TrainingRecipe, device: torch.device, context: ContextParallel | None = None
+) -> tuple[str, str]:
     """Has a model compute as a recipe wants, or as fast as it can; returns what was chosen, in two lines.
+
+    Args:
+        model: on its device; changed in place.
+        recipe: of the stage.
+        device: the model's.
+        context: the processes that share rows.
 
     Raises:
         UserError: what the recipe wants cannot be had.
     """
     experts = choose_experts(model, recipe.experts_implementation, autocast=recipe.dtype == "bfloat16")
-    if recipe.parallel.context_parallel > 1:  # attention gathers its keys by itself, and has its own implementation
-        if recipe.attention == "flex":
-            raise UserError(
-                "attention: flex does not work with parallel.context_parallel", fix="set attention to auto or sdpa"
-            )
-        return "attention: keys gathered, with the mask of this process's queries", experts
-    return choose_attention(model, recipe.attention, device), experts
+    if context is None:
+        return choose_attention(model, recipe.attention, device), experts
+    # Keys and values are gathered first: what is chosen attends after that.
+    config = model.config
+    gathering, config._attn_implementation = config._attn_implementation, context.implementation
+    chosen = choose_attention(model, recipe.attention, device)
+    context.implementation, config._attn_implementation = config._attn_implementation, gathering
+    return f"{chosen}, keys gathered", experts
 
 
 def choose_attention(model: LayoutModel, wanted: Literal["auto", "flex", "sdpa"], device: torch.device) -> str:

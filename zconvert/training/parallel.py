@@ -155,7 +155,7 @@ class Parallel:
         found: list[T] = []
         config, kept = model.config, model.config._attn_implementation
         if self.context_parallel is not None:
-            config._attn_implementation = self.context_parallel.stock
+            config._attn_implementation = self.context_parallel.implementation
         try:
             self.run(model.model, lambda: found.append(action()) or {})  # type: ignore[func-returns-value]
         finally:

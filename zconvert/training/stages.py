@@ -85,7 +85,7 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress, observers: Sequence[O
         report(progress)
 
     trainer = Trainer(model, rows, recipe, settings, tell, parallel)
-    for line in choose_implementations(trainer.layout_model, recipe, parallel.device):
+    for line in choose_implementations(trainer.layout_model, recipe, parallel.device, parallel.context_parallel):
         report(Progress(message=line))
     trainer.observers += [*observers_of(trainer, tokenizer), *observers]
     trained = dataclasses.replace(

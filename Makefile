@@ -19,7 +19,7 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest --numprocesses auto --maxprocesses
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-quickstart: .venv/.installed ## the main job end to end on a small model, about 6 minutes on two CPU cores
+quickstart: .venv/.installed ## the main job end to end on a small model, about 7 minutes on two CPU cores
 	$(BIN)/python examples/quickstart.py --out out/quickstart
 
 test: lint ## lint, type checks and tests

@@ -86,12 +86,14 @@ def speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def leave_at_once() -> None:
-    """Has this process end without asking the others, who may be gone: torch waits for them, or aborts."""
+def leave_at_once(code: int) -> None:
+    """Has a process of several end without asking the others, who may be gone: torch waits for them, or aborts."""
+    if "WORLD_SIZE" not in os.environ:
+        return
 
     def leave() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(code)
 
     atexit.register(leave)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from pathlib import Path
@@ -60,15 +59,17 @@ def run_shown(settings: TrainingRecipe) -> Path:
                 live.console.print(_line(metrics, left), soft_wrap=True)
 
         try:
-            return train(settings, show)
+            folder = train(settings, show)
+            leave_at_once(0)
+            return folder
         except Interrupted as stop:
+            leave_at_once(128 + stop.signal_number)
             live.console.print(Text(str(stop)), soft_wrap=True)
             raise typer.Exit(128 + stop.signal_number) from None
         except KeyboardInterrupt:
             raise typer.Exit(128 + signal.SIGINT) from None
         except Exception as error:
-            if "WORLD_SIZE" in os.environ:
-                leave_at_once()
+            leave_at_once(EXIT_ERROR)
             if not first_to_fail(error):
                 raise typer.Exit(EXIT_ERROR) from None
             raise

@@ -245,6 +245,11 @@ class _ShardPredecessors(Predecessors):
         return torch.cat([first.expand(states.shape[0], past, -1), *left, states], dim=1)
 
 
+# Their names before torch 2.13.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 class _Gather(torch.autograd.Function):
     """All-gather; its gradient is a reduce-scatter. Every process of the group must run both."""
 
@@ -252,14 +257,14 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, states: Tensor, group: Any, size: int) -> Tensor:
         ctx.group, ctx.shape = group, states.shape
         out = states.new_empty(size, *states.shape)
-        dist.all_gather_into_tensor(out.view(size * states.shape[0], *states.shape[1:]), states, group=group)
+        _all_gather(out.view(size * states.shape[0], *states.shape[1:]), states, group=group)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         gradient = gradients[0].contiguous()
         out = gradient.new_empty(ctx.shape)
-        dist.reduce_scatter_tensor(out, gradient.view(-1, *ctx.shape[1:]), group=ctx.group)
+        _reduce_scatter(out, gradient.view(-1, *ctx.shape[1:]), group=ctx.group)
         return out, None, None
 
 

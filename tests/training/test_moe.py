@@ -24,7 +24,7 @@ from zconvert.tidar.settings import GatedParts
 from zconvert.training import stages
 from zconvert.training.balancing import BiasBalancer
 from zconvert.training.loop import Progress
-from zconvert.training.moe import ROUTING_FILE, clean_half
+from zconvert.training.moe import ROUTING_FILE
 from zconvert.training.objective import packed_losses
 from zconvert.training.routing import RouterWatch, changed_share, has_aux_loss, health, load_balancing_loss, routers_of
 
@@ -173,7 +173,7 @@ def test_changed_choices_are_found_whatever_their_order() -> None:
 def test_the_clean_half_alone_gives_the_clean_half_of_the_row() -> None:
     model = LayoutModel(make_model("zaya_sliding"))
     with torch.no_grad():
-        alone = model.hidden_states(IDS, clean_half(packed_layout(DOCUMENTS, 4)))
+        alone = model.hidden_states(IDS, packed_layout(DOCUMENTS, 4).halves()[0])
         assert torch.allclose(alone, packed(model)[:, :16], atol=1e-5)
 
 

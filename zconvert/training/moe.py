@@ -12,7 +12,7 @@ from torch import Tensor
 from zconvert.checkpoint.anatomy import router_of
 from zconvert.data.packing import Batch
 from zconvert.recipe.watching import MoeSection
-from zconvert.tidar.layout import Layout, packed_layout
+from zconvert.tidar.layout import packed_layout
 from zconvert.tidar.model import LayoutModel
 from zconvert.training.balancing import DEFAULT_RATE, BiasBalancer
 from zconvert.training.evaluating import evaluating
@@ -145,7 +145,7 @@ class MoeObserver(Observer):
     def _choices(self) -> list[Tensor]:
         """What every router chooses for the clean tokens of the probe, padding included."""
         probe = self.probe.to(self.model.device)
-        layout = clean_half(packed_layout(probe.document_ids, 2))
+        layout, _ = packed_layout(probe.document_ids, 2).halves()
         # In evaluation mode: some routers draw at random in training.
         with evaluating(self.model), self.watch.choices() as chosen, torch.no_grad():
             self.alone(lambda: self.model.hidden_states(probe.input_ids, layout))
@@ -162,12 +162,6 @@ class MoeObserver(Observer):
         if self.balancer is not None:
             lines.append(f"balancing biases of routers: moved by {self.balancer.rate:g} a step")
         return lines
-
-
-def clean_half(layout: Layout) -> Layout:
-    """The layout of the clean tokens of a packed row, which see nothing of the mask slots anyway."""
-    length = layout.num_tokens // 2
-    return Layout(*(getattr(layout, name)[:, :length] for name in Layout.__dataclass_fields__))
 
 
 def _aux_loss_coef(model: LayoutModel, section: MoeSection) -> float:

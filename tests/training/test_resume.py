@@ -22,6 +22,7 @@ from tests.training.runs import make_run, metrics_of
 from zconvert.errors import UserError
 from zconvert.recipe import MidtrainRecipe
 from zconvert.training import stages
+from zconvert.training.loop import Progress
 from zconvert.training.parallel import Parallel
 from zconvert.training.state import load_latest, load_state, save_state, states_in
 
@@ -229,3 +230,21 @@ def test_an_output_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
     Path(settings["output_dir"]).write_text("not a folder")
     with pytest.raises(UserError, match="is a file"):
         _train(settings)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", pytest.param("adamw_8bit", marks=pytest.mark.slow)])
+def test_the_state_of_every_optimizer_resumes_bit_for_bit(optimizer: str, tmp_path: Path) -> None:
+    if optimizer == "adamw_8bit":
+        pytest.importorskip("torchao")
+    settings = make_run(tmp_path, "qwen3_moe", optimizer=optimizer, max_steps=6, save_steps=3, save_dtype="float32")
+
+    def stop_at_four(progress: Progress) -> None:
+        if progress.metrics is not None and progress.metrics["step"] == 4:
+            raise KeyboardInterrupt
+
+    whole = _train({**settings, "output_dir": str(tmp_path / "whole")})
+    with pytest.raises(KeyboardInterrupt):
+        stages.train(MidtrainRecipe(**settings), stop_at_four)
+    resumed = _train(settings)
+    assert metrics_of(resumed.parent) == metrics_of(whole.parent)
+    assert _same(_weights(whole), _weights(resumed))

@@ -24,6 +24,8 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zconvert.checkpoint.folder import writing
 from zconvert.data.packing import Batch, PackedRows
@@ -340,8 +342,7 @@ class Trainer:
             "window": vars(self._window),
             "observers": [observer.state_dict() for observer in self.observers],
         }
-        optimizer = {name: value for name, value in self._optimizer_state().items() if isinstance(value, torch.Tensor)}
-        tensors = {**_named("model.", self._weights()), **_named("optimizer.", optimizer)}
+        tensors = {**_named("model.", self._weights()), **_named("optimizer.", _tensors(self._optimizer_state()))}
         save_state(self.run_dir, self.step, numbers, tensors, self.recipe.save_total_limit, self.parallel)
 
     def _weights(self) -> dict[str, torch.Tensor]:
@@ -368,8 +369,8 @@ class Trainer:
         numbers = state.numbers
         self.rows.load_state_dict(numbers["data"])
         optimizer = self._optimizer_state()
-        moments = {name: value for name, value in optimizer.items() if isinstance(value, torch.Tensor)}
-        state.read_into({**_named("model.", self._weights()), **_named("optimizer.", moments)}, self.parallel)
+        into = {**_named("model.", self._weights()), **_named("optimizer.", _tensors(optimizer))}
+        state.read_into(into, self.parallel)
         set_optimizer_state_dict(self.trained, self.optimizer, optimizer, options=_FLAT)
         self.step = numbers["step"]
         self._window = _Window(**numbers["window"])
@@ -409,6 +410,18 @@ class Trainer:
 
 def _named(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def _tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of an optimizer's state; of those that are made of others (in 8 bits, with scales) the others."""
+    found: dict[str, torch.Tensor] = {}
+    for name, value in state.items():
+        if is_traceable_wrapper_subclass(value) and not isinstance(value, DTensor):
+            inner, _ = value.__tensor_flatten__()
+            found |= _tensors({f"{name}.{part}": getattr(value, part) for part in inner})
+        elif isinstance(value, torch.Tensor) and name.startswith("state."):  # the rest is in the recipe
+            found[name] = value
+    return found
 
 
 @contextmanager

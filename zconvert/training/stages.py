@@ -62,7 +62,7 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress, observers: Sequence[O
     trackers = Trackers(recipe)
     source = resolve(recipe.base_model, revision=recipe.revision)
     settings = require_converted(source)
-    _check_parallel(recipe, settings)
+    _check_parallel(recipe, settings, parallel)
     if recipe.num_threads is not None:
         torch.set_num_threads(recipe.num_threads)
     torch.manual_seed(recipe.seed + parallel.rank)  # dropout, if there is any, drops other units elsewhere
@@ -217,8 +217,15 @@ def _measured_documents(recipe: TrainingRecipe, tokenizer: Any) -> Documents:
     )
 
 
-def _check_parallel(recipe: TrainingRecipe, settings: TidarSettings) -> None:
+def _check_parallel(recipe: TrainingRecipe, settings: TidarSettings, parallel: Parallel) -> None:
     """What several processes cannot share yet, and rows that cannot be cut among them."""
+    if parallel.world > 1 and (recipe.optimizer == "adamw_8bit" or recipe.quantization is not None):
+        what = "optimizer: adamw_8bit" if recipe.optimizer == "adamw_8bit" else f"quantization: {recipe.quantization}"
+        raise UserError(
+            f"{what} works in one process alone so far",
+            found=f"{parallel.world} processes",
+            fix="leave it out: sharding over the processes saves more",
+        )
     # Rows are cut into twice as many chunks as there are processes to share them; none is shorter than a block.
     chunks = 2 * recipe.parallel.context_parallel
     if chunks == 2:

@@ -7,31 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.checkpoint.test_parameters import tiny_model
 from tests.planning.models import DEEPSEEK_V3, QWEN3_30B, ZAYA_8B, facts
-from zconvert.checkpoint.graft import convert_init
-from zconvert.checkpoint.load import load_model
-from zconvert.checkpoint.source import require_converted, resolve
 from zconvert.errors import UserError
-from zconvert.evaluation.bench import bench
 from zconvert.planning.calibrate import (
     SETS,
     Calibrated,
     Sample,
     against_bench,
     calibrate,
-    errors,
     fit,
     predicted_seconds,
     shallow_config,
-    worst,
 )
 from zconvert.planning.decoding import Calibration
 from zconvert.planning.machines import MACHINES
 from zconvert.planning.model import facts_from_config
-from zconvert.tidar.generate import layout_model_of
 
 CPU = MACHINES["cpu"].model_copy(update={"bandwidth_efficiency": 1.0, "matrix_efficiency": 1.0})
 TINY = Path("examples/tiny-zaya/checkpoint")
@@ -114,24 +106,3 @@ def test_bench_is_laid_over_the_prediction() -> None:
 def test_another_document_is_refused(document: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="no document of `zconvert bench --json`"):
         against_bench(facts("zaya", ZAYA_8B), Calibrated(CPU, Calibration(1, 0, 0, 0, 0), (), ()), document)
-
-
-@pytest.mark.slow
-def test_predictions_for_the_quickstarts_model_are_within_20_percent_of_the_same_run(tmp_path: Path) -> None:
-    """Needs a machine with little else to do: times are compared."""
-    torch.set_num_threads(1)
-    convert_init(resolve(TINY), tmp_path / "init", block_size=16)
-    source = resolve(tmp_path / "init")
-    model, tokenizer = load_model(source, dtype="float32", device="cpu")
-    config = json.loads((tmp_path / "init" / "config.json").read_text())
-    shape = facts_from_config(config, "tiny")
-    layouts = layout_model_of(model)
-    calibrated = calibrate(config, whole=layouts)
-    assert worst(errors(shape, calibrated, 4)) < 0.20
-    prompts = [tokenizer(text)["input_ids"] for text in ("Mia has 27 apples.", "Ben had 8 pens and lost 3.")]
-    measured = bench(
-        layouts, prompts, require_converted(source), max_new_tokens=64, proposals=(1, 3, 5, 8), mix_weights=(0.5,)
-    )
-    rows = against_bench(shape, calibrated, measured)
-    assert worst(rows) < 0.20
-    assert worst(rows, "speedup_error") < 0.20

@@ -189,8 +189,9 @@ def test_the_clean_half_by_itself_and_then_the_mask_half_are_the_packed_row(mode
     torch.testing.assert_close(torch.cat([clean, slots], dim=1), packed, atol=TOLERANCE, rtol=0)
     found = gradients(slots)
     assert len(found) == len(expected)
+    tolerance = 1e-3 if model_type == "gemma4_text" else 1e-4  # its gradients are the most sensitive to rounding
     for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-3 * max(1.0, float(theirs.abs().max())), rtol=0)
+        torch.testing.assert_close(ours, theirs, atol=tolerance * max(1.0, float(theirs.abs().max())), rtol=0)
 
 
 def test_what_the_backward_pass_keeps_shrinks_with_the_clean_half_apart_and_with_recomputation() -> None:

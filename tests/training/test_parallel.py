@@ -292,3 +292,17 @@ def test_checkpoints_on_request_are_what_the_run_would_have_ended_with(tmp_path:
     two = load_file(tmp_path / "short" / "checkpoint" / "model.safetensors")
     assert all(torch.equal(one[name], two[name]) for name in two)
     assert not (tmp_path / "run" / "checkpoint-4").exists(), "the last is `checkpoint`"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [{}, {"context_parallel": 2}], ids=["fsdp", "context"])
+def test_evaluation_and_the_load_balancing_loss_run_in_several_processes(
+    parallel: dict[str, int], tmp_path: Path
+) -> None:
+    held_out = {"datasets": [{"path": str(tmp_path / "data.jsonl")}], "rows": 2, "prompts": 1, "new_tokens": 6}
+    settings = make_run(tmp_path, "qwen3_moe", micro_batch_size=1, max_steps=4, parallel=parallel)
+    done = launch(tmp_path, {**settings, "evaluation": {**held_out, "steps": 2}, "moe": {"aux_loss_coef": 0.1}})
+    assert done.returncode == 0, done.stderr
+    last = metrics_of(tmp_path / "run")[-1]
+    assert last["evaluation"]["tokens_per_forward"] >= 1
+    assert last["moe"]["aux_loss"] > 0

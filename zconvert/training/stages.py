@@ -96,11 +96,17 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress, observers: Sequence[O
 
     def save_checkpoint(folder: Path) -> None:
         report(Progress(message=f"writing {folder}"))
+        entry = {
+            "stage": recipe.stage,
+            "recipe": recipe.model_dump(mode="json"),
+            "steps": trainer.step,
+            "tokens_seen": trainer.tokens_seen,
+        }
         pieces = pieces_on_disk(model, parallel.gathered) if trainer.gated is None else iter(())
         if not parallel.first:
             collections.deque(pieces, maxlen=0)  # every process gives its shards
         elif trainer.gated is not None:
-            save_gated(trainer.gated, source.folder, folder, settings=trained, extra_texts=texts)
+            save_gated(trainer.gated, source.folder, folder, settings=trained, extra_texts=texts, entry=entry)
         else:
             save_trained(
                 model,
@@ -110,6 +116,7 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress, observers: Sequence[O
                 dtype=recipe.save_dtype,
                 extra_texts=texts,
                 pieces=pieces,
+                entry=entry,
             )
         parallel.gather(None)  # it is there when any process goes on
 

@@ -82,3 +82,94 @@ def test_the_card_of_a_gated_checkpoint_promises_the_base_models_own_text_and_no
 def test_results_that_are_none_of_bench_are_a_users_error(results: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="not those of a bench run"):
         card(TidarSettings(4, 60), results=results)
+
+
+def test_the_card_shows_three_ways_to_run_it_its_limits_and_what_engines_do() -> None:
+    settings = TidarSettings(4, 60, stages=("midtrain",))
+    text = card(settings, serving="- vllm: `vllm serve PATH_OR_HUB_ID`: listed")
+    for part in (
+        "With TiDAR decoding",
+        "plain autoregressive model",
+        "In a serving engine",
+        "none decodes by TiDAR yet",
+    ):
+        assert f"{part}" in text
+    assert "- vllm: `vllm serve" in text
+    assert "tokens per forward is not speed" in text
+    assert "All weights were trained further" in text
+    assert "All weights were trained further" not in card(dataclasses.replace(settings, stages=()))
+
+
+def test_a_model_of_text_and_images_is_loaded_by_its_own_class() -> None:
+    config = {"model_type": "llama4", "architectures": ["Llama4ForConditionalGeneration"], "text_config": {}}
+    assert "import Llama4ForConditionalGeneration, AutoTokenizer" in model_card("x", TidarSettings(4, 60), config, {})
+    assert "import AutoModelForCausalLM, AutoTokenizer" in card(TidarSettings(4, 60))
+
+
+def test_the_card_tells_the_commands_and_the_tokens_of_each_stage() -> None:
+    settings = TidarSettings(4, 60, stages=("midtrain", "sft"))
+    history = [
+        {"stage": "convert-init", "recipe": {}},
+        {"stage": "midtrain", "recipe": {}, "steps": 600, "tokens_seen": 1_228_800},
+        {"stage": "sft", "recipe": {"output_dir": "out/sft"}, "steps": 20, "tokens_seen": 5},
+    ]
+    text = card(settings, history=history)
+    assert "midtrain (600 steps, 1,228,800 tokens), sft (20 steps, 5 tokens)" in text
+    for line in (
+        "convert-init 1-convert-init.yaml",
+        "midtrain 2-midtrain.yaml",
+        "sft 3-sft.yaml",
+        "export out/sft --out",
+    ):
+        assert f"zconvert {line}" in text
+    assert "not kept" in card(settings)
+    assert "training stages: midtrain, sft\n" in card(settings, history=history[:2])  # it tells of other stages
+
+
+def test_the_card_has_a_table_for_each_task_with_intervals_where_they_are() -> None:
+    evaluation = {
+        "device": "cpu",
+        "tasks": {
+            "sums": {
+                "columns": {
+                    "source ar": {"pass@1": 0.5, "interval": {"pass@1": [0.4, 0.6]}},
+                    "lossless": {
+                        "pass@1": {"value": 0.525, "interval": [0.45, 0.6]},
+                        "pass@16": 1.0,
+                        "tokens_per_forward": 4.0,
+                        "tokens_per_second": 12.34,
+                    },
+                }
+            },
+            "broken": 3,
+        },
+    }
+    text = card(TidarSettings(4, 60), evaluation=evaluation)
+    assert "| sampler | pass@1 | pass@16 | tokens per forward | tokens/s |" in text
+    assert "| source ar | 50.0% (40.0 to 60.0) | not measured | not measured | not measured |" in text
+    assert "| lossless | 52.5% (45.0 to 60.0) | 100.0% | 4.00 | 12.3 |" in text
+    assert "Decoding speed was not measured" in text
+    assert "Measured with device cpu." in text
+    assert "broken" not in text
+    both = card(TidarSettings(4, 60), evaluation=evaluation, results=RESULTS)
+    assert "| lossless | 4.07 | 220.0 | 2.20× |" in both
+    assert "Quality was not measured" in card(TidarSettings(4, 60), results=RESULTS)
+    for odd in ({}, {"tasks": {}}, {"tasks": 3}, {"tasks": {"a": {"b": {"pass@x": 1}}}}):
+        assert "Nothing was measured" in card(TidarSettings(4, 60), evaluation=odd)
+
+
+@pytest.mark.parametrize(
+    ("rewritten", "text"),
+    [
+        ({}, "are here byte for byte"),
+        ({"shards": 3}, "are here value for value, in other files"),
+        ({"dtype": "bfloat16"}, "are here rounded to bfloat16"),
+    ],
+)
+def test_the_card_of_a_gated_model_claims_no_more_than_its_weight_files_keep(
+    rewritten: dict[str, Any], text: str
+) -> None:
+    settings = TidarSettings(4, 60, mask_token="", mask_token_source="virtual", mode="gated", gated=GatedParts())
+    written = card(settings, rewritten=rewritten)
+    assert text in written
+    assert ("bit for bit" in written) == ("dtype" not in rewritten)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from zconvert.checkpoint.folder import sha256
 from zconvert.checkpoint.headers import INDEX_FILE
@@ -80,6 +80,8 @@ class PushPlan:
     """whether the repository does"""
     head: str | None
     """the commit that it was compared with"""
+    new_branch: bool
+    """whether the branch is to be made"""
     base: tuple[str, str] | None
     """Hub id and commit that files are copied from"""
 
@@ -90,9 +92,7 @@ class PushPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
-        total = {
-            action: sum(s.bytes for s in self.steps if s.action == action) for action in ("upload", "copy", "keep")
-        }
+        total = {action: sum(s.bytes for s in self.steps if s.action == action) for action in get_args(Action)}
         return {
             "repo": self.target.repo,
             "branch": self.target.branch or "main",
@@ -177,7 +177,7 @@ def _plan(api: HfApi, folder: Path, target: Target) -> PushPlan:
     from huggingface_hub.hf_api import RepoFile
 
     remote: dict[str, RepoFile] = {}
-    head, exists = None, True
+    head, exists, new_branch = None, True, False
     try:
         info = api.model_info(target.repo)
         if target.private and info.private is False:
@@ -190,13 +190,13 @@ def _plan(api: HfApi, folder: Path, target: Target) -> PushPlan:
         try:
             head = api.model_info(target.repo, revision=target.branch).sha if target.branch else info.sha
         except errors.RevisionNotFoundError:
-            head = info.sha  # the branch is made from main
+            head, new_branch = info.sha, True  # it is made from main
         found = api.list_repo_tree(target.repo, revision=head, recursive=True) if head else ()
         remote = {entry.path: entry for entry in found if isinstance(entry, RepoFile)}
     except errors.GatedRepoError:
         raise
     except errors.RepositoryNotFoundError:
-        exists = False
+        exists, new_branch = False, target.branch not in (None, "main")
     document = read_json(folder / PROVENANCE_FILE)
     if remote.keys() - set(_NOT_OURS) and not target.force and not target.pull_request:
         _require_ours(api, target, head, remote.keys(), document)
@@ -215,7 +215,7 @@ def _plan(api: HfApi, folder: Path, target: Target) -> PushPlan:
     ]
     gone = sorted(name for name in remote.keys() - set(names) if _left_behind(name))
     steps += [Step(name, "delete", remote[name].size) for name in gone]
-    return PushPlan(target, tuple(steps), exists, head, base if copies else None)
+    return PushPlan(target, tuple(steps), exists, head, new_branch, base if copies else None)
 
 
 def _same(path: Path, remote: Any, known_hash: str | None) -> bool:
@@ -270,13 +270,13 @@ def _carry_out(api: HfApi, folder: Path, plan: PushPlan, on_file: OnFile) -> Pus
 
     target, head = plan.target, plan.head
     url = f"{constants.ENDPOINT}/{target.repo}"
-    if not plan.changes:
-        return Pushed(plan, url, None, None)
     if not plan.exists:
         api.create_repo(target.repo, private=target.private or None, exist_ok=True)
         head = api.model_info(target.repo).sha
-    if target.branch is not None and not target.branch.startswith("refs/"):
+    if plan.new_branch and target.branch is not None:
         api.create_branch(target.repo, branch=target.branch, exist_ok=True)
+    if not plan.changes:
+        return Pushed(plan, url, None, None)
 
     def names(action: Action) -> list[str]:
         return [step.name for step in plan.steps if step.action == action]
@@ -356,7 +356,7 @@ def _push_errors(target: Target) -> Iterator[None]:
 
     try:
         yield
-    except (errors.HTTPError, errors.OfflineModeIsEnabled) as error:
+    except (errors.HTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
         what, fix = _told(error, target)
         raise UserError(what, found=_message(error, target), fix=fix) from error
     except (errors.LocalTokenNotFoundError, ValueError) as error:  # a bad name, metadata, errors within an answer

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import zconvert
 from tests.checkpoint.test_card import RESULTS, front_matter
 from zconvert.checkpoint import reshard
-from zconvert.checkpoint.export import REQUIREMENTS, export
+from zconvert.checkpoint.export import export
 from zconvert.checkpoint.folder import BASE_CARD
 from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.headers import read_headers
@@ -29,6 +29,7 @@ from zconvert.checkpoint.weights import write_shard
 from zconvert.cli import export as cli
 from zconvert.cli.ui import handled
 from zconvert.errors import UserError
+from zconvert.tidar._requirements import OLDEST
 
 Checkpoint = Callable[..., Path]
 CARD = "---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE\nlanguage: [en]\ntags: [x]\n---\n\n# Base\n"
@@ -52,12 +53,13 @@ def test_the_shipped_code_is_the_packages_own_verbatim(converted: Callable[..., 
     shipped = tmp_path / "out" / "custom_generate"
     assert {p.name for p in shipped.iterdir()} == {p.name for p in package.glob("*.py")} | {"requirements.txt"}
     assert all((shipped / p.name).read_bytes() == p.read_bytes() for p in package.glob("*.py"))
-    assert (shipped / "requirements.txt").read_text().split() == list(REQUIREMENTS)
+    lines = [line for line in (shipped / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    assert lines == ["torch", "transformers"], "transformers 4 refuses the folder where a version is missing"
 
 
-def test_the_shipped_requirements_are_the_projects_own() -> None:
+def test_the_shipped_code_asks_for_the_versions_that_the_project_asks_for() -> None:
     project = tomllib.loads((Path(zconvert.__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    assert set(REQUIREMENTS) <= set(project["dependencies"])
+    assert {f"{name}>={'.'.join(map(str, oldest))}" for name, oldest in OLDEST.items()} <= set(project["dependencies"])
 
 
 @pytest.mark.parametrize("shards", [1, 3])

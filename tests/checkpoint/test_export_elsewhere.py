@@ -133,10 +133,11 @@ def test_transformers_4_57_runs_an_export_as_the_plain_model_that_it_also_is(
     convert_init(resolve(source), tmp_path / "converted", block_size=4)
     export(resolve(tmp_path / "converted"), tmp_path / "name")
 
-    def texts(python: Path | str) -> Any:
-        options = json.dumps({"trust": [False]})
+    def texts(python: Path | str, *trust: bool) -> Any:
+        options = json.dumps({"trust": trust})
         return run_in(python, GENERATE, tmp_path / "name", json.dumps(PROMPTS), options, home=tmp_path)
 
-    old, new = texts(python_of_4_57), texts(HERE)
+    old, new = texts(python_of_4_57, False, True), texts(HERE, False)
     assert old["version"].startswith("4.57.")
-    assert old["plain"] == new["plain"]
+    assert old["module"] is None  # its own generate, with trust too
+    assert old["plain"] == old["tidar"] == new["plain"]

@@ -154,8 +154,8 @@ def _as_stored(facts: Facts) -> str:
 
 
 def _usage(settings: TidarSettings, config: Mapping[str, Any], facts: Facts) -> str:
-    names = config.get("architectures") or []
-    composite = language_config(dict(config)) is not config and names
+    names, model = config.get("architectures") or [], dict(config)
+    composite = language_config(model) is not model and names
     kind = names[0] if composite else "AutoModelForCausalLM"
     never = f"""\
 Never let it emit the mask token `{settings.mask_token}` (id {settings.mask_token_id}); \
@@ -243,13 +243,17 @@ def _commands(settings: TidarSettings, facts: Facts) -> str:
     stages = [str(entry.get("stage")) for entry in facts.history]
     if not stages:
         return "The recipes were not kept with this checkpoint, so there are no commands that make it again."
-    lines = [f"zconvert {stage} {number}-{stage}.yaml" for number, stage in enumerate(stages, 1)]
-    last = facts.history[-1].get("recipe") or {}
-    folder = last.get("output_dir", "CHECKPOINT") if isinstance(last, Mapping) else "CHECKPOINT"
+    lines = []
+    for number, stage in enumerate(stages, 1):
+        last = stage not in stages[number:]  # of that name, which is the one that the command takes
+        file = "zconvert_config.yaml" if last else f"{number}-{stage}.yaml  # its recipe, in a file of its own"
+        lines.append(f"zconvert {stage} {file}")
+    recipe = facts.history[-1].get("recipe")
+    folder = recipe.get("output_dir", "CHECKPOINT") if isinstance(recipe, Mapping) else "CHECKPOINT"
     options = [f"--dtype {facts.rewritten['dtype']}"] if facts.rewritten and "dtype" in facts.rewritten else []
     lines.append(" ".join([f"zconvert export {folder} --out DIR", *options]))
     return f"""\
-With zconvert {__version__}, the data that the recipes name, and each `recipe` of `zconvert_config.yaml` in a file:
+With zconvert {__version__} and the data that the recipes name:
 
 ```
 {chr(10).join(lines)}

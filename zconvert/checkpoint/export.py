@@ -27,11 +27,15 @@ from zconvert.checkpoint.source import RUN_CHECKPOINT, Source, read_config, requ
 from zconvert.checkpoint.verify_export import verify_export
 from zconvert.checkpoint.weights import check_written, config_patch
 from zconvert.errors import UserError
+from zconvert.recipe.yaml_text import write_yaml
+from zconvert.tidar._requirements import OLDEST
 from zconvert.tidar.settings import GATED_FILE, TidarSettings
 
 CODE_FOLDER = "custom_generate"
-REQUIREMENTS = ("torch>=2.11", "transformers>=5.17")
-"""what custom_generate needs: the lower bounds of pyproject.toml"""
+_REQUIREMENTS_HEAD = """\
+# Versions are only told here: transformers 4 would refuse the whole folder for them, which it runs autoregressively.
+# The code looks for itself.
+"""
 RECIPE_FILE = "zconvert_config.yaml"
 PLOTS_FOLDER = "plots"
 EVALUATION_FILE = "evaluation/results.json"
@@ -97,7 +101,7 @@ def export(
     if layout.cast:
         texts["config.json"] = config_patch(source, settings, dtype)
     if history:
-        texts[RECIPE_FILE] = _RECIPE_HEAD + _yaml({"stages": history})
+        texts[RECIPE_FILE] = _RECIPE_HEAD + write_yaml({"stages": history})
     facts = Facts(
         history=history,
         rewritten=_rewritten(layout, dtype),
@@ -213,12 +217,6 @@ def _rewritten(layout: Layout, dtype: str) -> dict[str, Any]:
     return {**({"dtype": dtype} if layout.cast else {}), **shards}
 
 
-def _yaml(document: dict[str, Any]) -> str:
-    import yaml
-
-    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=100)
-
-
 def _verified_hash(source: Path, folder: Path, name: str) -> str:
     """The sha256 of a copied file, compared with the original's."""
     before = sha256(source / name)
@@ -238,4 +236,5 @@ def _write_code(folder: Path) -> None:
     folder.mkdir()
     for path in sorted((Path(zconvert.__file__).parent / "tidar").glob("*.py")):
         copy(path, folder / path.name)
-    (folder / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n", encoding="utf-8")
+    lines = [f"{name}\n# {name}>={'.'.join(map(str, oldest))}\n" for name, oldest in OLDEST.items()]
+    (folder / "requirements.txt").write_text(_REQUIREMENTS_HEAD + "".join(lines), encoding="utf-8")

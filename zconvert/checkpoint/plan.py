@@ -150,7 +150,7 @@ def plan_conversion(source: Source, out: Path, choices: Choices | None = None, *
         texts[INDEX_FILE] = index
     copies = _copies(source.folder, headers, texts, gated=choices.gated is not None)
     kept = {SOURCE_FILES: source_files(source.folder, headers.shards, copies)} if choices.gated is not None else {}
-    history = [{"stage": "convert-init", "recipe": _recipe(source, settings, choices)}]
+    history = [{"stage": "convert-init", "recipe": _recipe(source, out, settings, choices)}]
     origin = provenance(
         settings, conversion=_conversion(settings, choices), rows=_changed(rows), **{HISTORY: history}, **kept
     )
@@ -249,11 +249,12 @@ def _conversion(settings: TidarSettings, choices: Choices) -> dict[str, Any]:
     return {"block_size": settings.block_size, "proposals": proposals, "mask_token": mask}
 
 
-def _recipe(source: Source, settings: TidarSettings, choices: Choices) -> dict[str, Any]:
-    """The recipe of convert-init that makes the same choices, but for where it writes."""
+def _recipe(source: Source, out: Path, settings: TidarSettings, choices: Choices) -> dict[str, Any]:
+    """The recipe of convert-init that makes the same choices."""
     return {
         "base_model": source.name,
         "revision": source.revision,
+        "output_dir": str(out),
         "seed": choices.seed,
         "diffusion": {
             "mode": settings.mode,

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import cached_file
 
+from ._requirements import OLDEST  # noqa: F401  # first of all
 from .acceptance import Sampling
 from .decoding import DecodePlan, decode
 from .generate_options import (

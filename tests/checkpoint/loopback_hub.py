@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from tests.checkpoint.pushed import Pushes, entry_of, write
+from tests.checkpoint.pushed import Pushes, entry_of, refuse, write
 
 COMMIT = "c0ffee" + "0" * 34
 
@@ -103,6 +103,9 @@ class _Handler(BaseHTTPRequestHandler):
         api = parts[:2] == ["api", "models"]
         parts = parts[2:] if api else parts
         name, rest = "/".join(parts[:2]), parts[2:]
+        if parts == ["api", "whoami-v2"] and self.state.pushes is not None:
+            known = self.state.pushes.knows(self.headers)
+            return self._json({"name": "me"}) if known else refuse(self, 401, "Invalid credentials")
         pushes, folder, commit = self.state.pushes, self.state.repositories.get(name), COMMIT
         pushed = None if pushes is None else pushes.repositories.get(name)
         if pushed is not None and pushes is not None and not (pushed.private and not pushes.knows(self.headers)):

@@ -11,8 +11,10 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import typer
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
+from typer.testing import CliRunner
 
 from tests.checkpoint.loopback_hub import LoopbackHub, serve
 from tests.checkpoint.pushed import TOKEN, Pushes, Repository
@@ -21,6 +23,8 @@ from zconvert.checkpoint.export import export
 from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.push import Pushed, Target, plan_push
 from zconvert.checkpoint.source import resolve
+from zconvert.cli import export as cli
+from zconvert.cli.ui import handled
 from zconvert.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # the client's own
@@ -360,3 +364,45 @@ def test_bars_of_the_client_are_as_they_were_afterwards(hub: LoopbackHub, export
     shutil.rmtree(exported / "custom_generate")
     pushing.push(exported, Target(REPO, token=TOKEN), bars=True)
     assert not [name for name in files_of(hub) if name.startswith("custom_generate/")]
+
+
+@pytest.fixture
+def run() -> Callable[..., Any]:
+    """Runs `export` with these arguments."""
+    app = typer.Typer()
+    app.command()(handled(cli.command))
+    return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_the_command_exports_and_pushes_in_one(
+    hub: LoopbackHub, exported: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    command = [tmp_path / "converted", "--hub", REPO, "--no-verify", "--token", TOKEN]
+    dry = run(*command, "--dry-run", "--json")
+    assert dry.exit_code == 0, dry.output
+    plan = json.loads(dry.stdout)
+    assert (plan["dry_run"], plan["exists"]) == (True, False)
+    assert pushes(hub).repositories == {}
+    assert f"{plan['bytes']['upload'] / 1000:.1f} kB to upload" in run(*command, "--dry-run").stdout
+
+    done = run(*command, "--private", "--commit-message", "first")
+    assert done.exit_code == 0, done.output
+    assert f"Pushed to {hub.endpoint}/{REPO}" in done.stdout
+    assert "Uploading model-00001-of-" in done.stderr
+    assert repository(hub).private
+    assert repository(hub).messages[-1] == "first"
+    assert files_of(hub).items() >= local(exported).items()  # the folder that --out writes, its card's title too
+    assert json.loads(run(*command, "--json").stdout)["commit"] is None
+    assert "is up to date" in run(*command).stdout
+    assert TOKEN not in done.output + dry.output
+
+
+def test_the_command_asks_for_a_token_before_it_exports(
+    hub: LoopbackHub, exported: Path, tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "export_shown", lambda *_, **__: pytest.fail("it was exported"))
+    for token in (["--token", "hf_wrong"], []):
+        ran = run(tmp_path / "converted", "--hub", REPO, *token)
+        assert ran.exit_code == 1
+        assert "hf auth login" in " ".join(ran.output.split())
+        assert "hf_wrong" not in ran.output

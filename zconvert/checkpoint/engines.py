@@ -48,7 +48,7 @@ ENGINES = {
     for engine in (
         Engine(
             "transformers",
-            "4.57 and 5.17 to 5.23",
+            "5.17 to 5.23",
             'model = AutoModelForCausalLM.from_pretrained("{path}")',
             "nothing: trust_remote_code=True, transformers 5.17 or newer and torch 2.11 or newer",
         ),
@@ -150,7 +150,7 @@ def _judge(engine: Engine, config: Mapping[str, Any], headers: Headers) -> tuple
     names = config.get("architectures") or []
     name = str(names[0]) if names else "no architecture"
     if engine.architectures is None:
-        return "yes", f"it is a plain {name} there; the tidar section of config.json is passed by"
+        return "yes", f"it is a plain {name} there, and in 4.57, from a folder, where that has the family"
     listed = f"its list of models ({engine.version})"
     if name not in engine.architectures | engine.by_transformers:
         return "not known", f"{listed} does not name {name}"

@@ -31,6 +31,7 @@ _WAITS = (1.0, 4.0, 16.0)
 _NOT_OURS = (".gitattributes",)
 """what the Hub puts into a new repository"""
 _OUR_FOLDERS = ("custom_generate/", "tidar/", "plots/", "evaluation/")
+_LOG_IN = "log in with `hf auth login`, or pass --token"
 _QUOTA = (402, 413, 507)
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 
@@ -116,6 +117,16 @@ class Pushed:
         """As JSON can hold it."""
         done = {"url": self.url, "commit": self.commit, "pull_request": self.pull_request}
         return {**self.plan.to_dict(), **done}
+
+
+def check_login(target: Target) -> None:
+    """Sees that the Hub knows the token, which is better told before an export than after.
+
+    Raises:
+        UserError: there is none, the Hub does not know it, or cannot be reached.
+    """
+    with _push_errors(target):
+        _api(target).whoami()
 
 
 def plan_push(folder: Path, target: Target) -> PushPlan:
@@ -359,7 +370,9 @@ def _push_errors(target: Target) -> Iterator[None]:
     except (errors.HTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
         what, fix = _told(error, target)
         raise UserError(what, found=_message(error, target), fix=fix) from error
-    except (errors.LocalTokenNotFoundError, ValueError) as error:  # a bad name, metadata, errors within an answer
+    except errors.LocalTokenNotFoundError as error:
+        raise UserError(f"pushing to {target.repo} needs a token", found="none", fix=_LOG_IN) from error
+    except ValueError as error:  # a bad name, metadata, errors within an answer
         raise UserError(
             f"{target.repo} cannot be pushed to",
             found=_message(error, target),
@@ -373,7 +386,7 @@ def _told(error: Exception, target: Target) -> tuple[str, str]:
     again = "run the same command again: what has arrived is not sent again"
     full = any(word in _message(error, target).lower() for word in ("quota", "storage limit", "payment"))
     if status == 401:
-        return "the Hub does not know this token", "log in with `hf auth login`, or pass --token"
+        return "the Hub does not know this token", _LOG_IN
     if status in _QUOTA or (status == 403 and full):
         return (
             f"the Hub has no room for {target.repo}",

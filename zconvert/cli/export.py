@@ -210,7 +210,10 @@ def export_shown(
 
 
 def _push(checkpoint: str, target: Target, dry_run: bool, as_json: bool, choices: dict[str, Any]) -> None:
-    from zconvert.checkpoint.push import plan_push, push
+    from zconvert.checkpoint.push import check_login, plan_push, push
+
+    if not dry_run:
+        check_login(target)
 
     def tell(step: Step, number: int, count: int) -> None:
         err.print(Text(f"Uploading {step.name} ({number} of {count}, {size(step.bytes)})"), soft_wrap=True)

@@ -115,13 +115,9 @@ def test_the_card_tells_the_commands_and_the_tokens_of_each_stage() -> None:
     ]
     text = card(settings, history=history)
     assert "midtrain (600 steps, 1,228,800 tokens), sft (20 steps, 5 tokens)" in text
-    for line in (
-        "convert-init 1-convert-init.yaml",
-        "midtrain 2-midtrain.yaml",
-        "sft 3-sft.yaml",
-        "export out/sft --out",
-    ):
-        assert f"zconvert {line}" in text
+    for line in ("convert-init zconvert_config.yaml", "midtrain zconvert_config.yaml", "export out/sft --out DIR"):
+        assert f"zconvert {line}\n" in text
+    assert "zconvert sft 3-sft.yaml  # its recipe" in card(settings, history=[*history, history[-1]])
     assert "not kept" in card(settings)
     assert "training stages: midtrain, sft\n" in card(settings, history=history[:2])  # it tells of other stages
 
@@ -129,15 +125,19 @@ def test_the_card_tells_the_commands_and_the_tokens_of_each_stage() -> None:
 def test_the_card_has_a_table_for_each_task_with_intervals_where_they_are() -> None:
     evaluation = {
         "device": "cpu",
+        "n": 16,
         "tasks": {
             "sums": {
                 "columns": {
                     "source ar": {"pass@1": 0.5, "interval": {"pass@1": [0.4, 0.6]}},
                     "lossless": {
-                        "pass@1": {"value": 0.525, "interval": [0.45, 0.6]},
+                        "pass@1": 0.525,
                         "pass@16": 1.0,
+                        "interval": {"pass@1": [0.45, 0.6]},
                         "tokens_per_forward": 4.0,
                         "tokens_per_second": 12.34,
+                        "speedup": 2.5,
+                        "difference": {"ar": {"pass@1": {}}},
                     },
                 }
             },
@@ -145,11 +145,11 @@ def test_the_card_has_a_table_for_each_task_with_intervals_where_they_are() -> N
         },
     }
     text = card(TidarSettings(4, 60), evaluation=evaluation)
-    assert "| sampler | pass@1 | pass@16 | tokens per forward | tokens/s |" in text
-    assert "| source ar | 50.0% (40.0 to 60.0) | not measured | not measured | not measured |" in text
-    assert "| lossless | 52.5% (45.0 to 60.0) | 100.0% | 4.00 | 12.3 |" in text
+    assert "| sampler | pass@1 | pass@16 | tokens per forward | tokens/s | ratio to AR |" in text
+    assert "| source ar | 50.0% (40.0 to 60.0) | not measured | not measured | not measured | not measured |" in text
+    assert "| lossless | 52.5% (45.0 to 60.0) | 100.0% | 4.00 | 12.3 | 2.50× |" in text
     assert "Decoding speed was not measured" in text
-    assert "Measured with device cpu." in text
+    assert "Measured with device cpu, n 16." in text
     assert "broken" not in text
     both = card(TidarSettings(4, 60), evaluation=evaluation, results=RESULTS)
     assert "| lossless | 4.07 | 220.0 | 2.20× |" in both

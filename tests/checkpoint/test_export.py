@@ -127,7 +127,7 @@ def in_a_run(checkpoint: Path, tmp_path: Path) -> Path:
     (run / "train_state" / "optimizer.safetensors").write_bytes(b"x")
     (run / "report" / "losses.png").write_bytes(b"png")
     (run / "report" / "report.html").write_bytes(b"page")
-    (run / "evaluation" / "results.json").write_text('{"tasks": {"sums": {"ar": {"pass@1": 0.5}}}}')
+    (run / "evaluation" / "results.json").write_text('{"tasks": {"sums": {"columns": {"ar": {"pass@1": 0.5}}}}}')
     checkpoint.rename(run / "checkpoint")
     return run
 

@@ -12,9 +12,9 @@ _SPEED = (
     ("tokens_per_second", "tokens/s", "{:.1f}"),
     ("speedup", "ratio to AR", "{:.2f}×"),
 )
-_DECODING = _SPEED[:2]
-_HARDWARE = ("hardware", "device_name", "device", "threads", "dtype", "batch_size", "prompts", "temperature")
+_CONDITIONS = ("device", "device_name", "threads", "dtype", "batch_size", "prompts", "n", "temperature")
 _PASS = "pass@"
+_MISSING = "not measured"
 
 
 def measured_section(results: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None) -> str:
@@ -50,7 +50,7 @@ def _speed(results: Mapping[str, Any]) -> str:
             expected="what `zconvert bench --json` prints, with tokens_per_second for each sampler",
             fix="zconvert bench CHECKPOINT --json > bench.json",
         )
-    lines = [*_head("sampler", [title for _, title, _ in _SPEED])]
+    lines = _head("sampler", [title for _, title, _ in _SPEED])
     lines += [_row(name, [_cell(entry, key, form) for key, _, form in _SPEED]) for name, entry in rows.items()]
     for name, text in (("source", "the source answered"), ("converted", "the converted model's AR path answered")):
         accuracy = entries.get(name)
@@ -62,14 +62,13 @@ def _speed(results: Mapping[str, Any]) -> str:
 
 def _tasks(evaluation: Mapping[str, Any]) -> list[str]:
     """A table for each task: a line a sampler, with what is there of pass@k and speed."""
-    tasks = evaluation.get("tasks", evaluation)
     tables = []
-    for task, entry in tasks.items() if isinstance(tasks, Mapping) else ():
-        columns = dict(_columns(entry))
+    for task, entry in _mappings(evaluation.get("tasks")):
+        columns = dict(_mappings(entry.get("columns")))
         shares = sorted({key for column in columns.values() for key in column if _is_share(column, key)}, key=_k)
         if not shares:
             continue
-        decoding = [one for one in _DECODING if any(_number(column, one[0]) for column in columns.values())]
+        decoding = [one for one in _SPEED if any(_number(column, one[0]) for column in columns.values())]
         lines = [f"**{task}**\n", *_head("sampler", [*shares, *(title for _, title, _ in decoding)])]
         for name, column in columns.items():
             cells = [_share(column, share) for share in shares]
@@ -81,16 +80,15 @@ def _tasks(evaluation: Mapping[str, Any]) -> list[str]:
     return tables
 
 
-def _columns(entry: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    entry = entry if isinstance(entry, Mapping) else {}
-    columns = entry.get("columns", entry)
-    for name, column in columns.items() if isinstance(columns, Mapping) else ():
-        if isinstance(column, Mapping):
-            yield str(name), column
+def _mappings(value: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The members that are mappings, of what may be anything."""
+    for name, member in value.items() if isinstance(value, Mapping) else ():
+        if isinstance(member, Mapping):
+            yield str(name), member
 
 
 def _is_share(column: Mapping[str, Any], key: str) -> bool:
-    return key.startswith(_PASS) and key[len(_PASS) :].isdecimal() and _share(column, key) != _MISSING
+    return key.startswith(_PASS) and key[len(_PASS) :].isdecimal() and _number(column, key)
 
 
 def _k(key: str) -> int:
@@ -98,22 +96,15 @@ def _k(key: str) -> int:
 
 
 def _share(column: Mapping[str, Any], key: str) -> str:
-    """`82.5 % (80.1 to 84.9)`; the interval is that of the share itself, or the column's where there is one for all."""
-    value = column.get(key)
-    inner = value if isinstance(value, Mapping) else {}
-    interval = inner.get("interval") or column.get("interval")
-    if isinstance(interval, Mapping):
-        interval = interval.get(key)
-    share = inner.get("value") if inner else value
-    if not _is_number(share):
+    """As `82.5% (80.1 to 84.9)`, with the interval where there is one."""
+    if not _number(column, key):
         return _MISSING
-    text = f"{share:.1%}"
+    intervals = column.get("interval")
+    interval = intervals.get(key) if isinstance(intervals, Mapping) else None
+    text = f"{column[key]:.1%}"
     if isinstance(interval, list) and len(interval) == 2 and all(map(_is_number, interval)):
         text += f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
     return text
-
-
-_MISSING = "not measured"
 
 
 def _cell(entry: Mapping[str, Any], key: str, form: str) -> str:
@@ -129,7 +120,7 @@ def _row(first: object, cells: list[str]) -> str:
 
 
 def _facts(document: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: document[key] for key in _HARDWARE if isinstance(document.get(key), str | int | float)}
+    return {key: document[key] for key in _CONDITIONS if isinstance(document.get(key), str | int | float)}
 
 
 def _measured_with(facts: Mapping[str, Any]) -> list[str]:

@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 
 import zconvert
 from tests.checkpoint.test_card import RESULTS, front_matter
+from zconvert.checkpoint import export as exporting
 from zconvert.checkpoint import reshard
 from zconvert.checkpoint.export import export
-from zconvert.checkpoint.folder import BASE_CARD
+from zconvert.checkpoint.folder import BASE_CARD, copy
 from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.headers import read_headers
 from zconvert.checkpoint.provenance import carried_on
@@ -199,18 +200,29 @@ def test_a_size_that_no_file_reaches_leaves_the_files_as_they_are(
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
-def test_bytes_that_go_wrong_on_the_way_leave_no_export(
-    converted: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def careless(path: Path, *arguments: Any) -> None:
-        write_shard(path, *arguments)
-        content = bytearray(path.read_bytes())
-        content[-1] ^= 1
-        path.write_bytes(content)
+def flip_last_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
 
-    monkeypatch.setattr(reshard, "write_shard", careless)
+
+@pytest.mark.parametrize("max_shard_size", [None, 20_000], ids=["copied", "rewritten"])
+def test_bytes_that_go_wrong_on_the_way_leave_no_export(
+    converted: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_shard_size: int | None
+) -> None:
+    def careless_write(path: Path, *arguments: Any) -> None:
+        write_shard(path, *arguments)
+        flip_last_byte(path)
+
+    def careless_copy(src: Path, dst: Path) -> None:
+        copy(src, dst)
+        flip_last_byte(dst)
+
+    folder = converted()
+    monkeypatch.setattr(reshard, "write_shard", careless_write)
+    monkeypatch.setattr(exporting, "copy", careless_copy)
     with pytest.raises(UserError, match="did not arrive whole"):
-        export(resolve(converted()), tmp_path / "out", max_shard_size=20_000)
+        export(resolve(folder), tmp_path / "out", max_shard_size=max_shard_size)
     assert not (tmp_path / "out").exists()
 
 

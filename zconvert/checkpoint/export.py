@@ -21,7 +21,7 @@ from zconvert.checkpoint.graft import GENERATION_CONFIG, generation_patch
 from zconvert.checkpoint.headers import INDEX_FILE, Headers, read_headers
 from zconvert.checkpoint.json_patch import read_json
 from zconvert.checkpoint.mask_token import choose_mask_token, tokenizer_patches
-from zconvert.checkpoint.provenance import HISTORY, PROVENANCE_FILE, SOURCE_FILES, history_of, provenance
+from zconvert.checkpoint.provenance import HISTORY, PROVENANCE_FILE, REWRITTEN, SOURCE_FILES, history_of, provenance
 from zconvert.checkpoint.reshard import Layout, plan_layout, write_layout
 from zconvert.checkpoint.source import RUN_CHECKPOINT, Source, read_config, require_converted
 from zconvert.checkpoint.verify_export import verify_export
@@ -104,7 +104,7 @@ def export(
         texts[RECIPE_FILE] = _RECIPE_HEAD + write_yaml({"stages": history})
     facts = Facts(
         history=history,
-        rewritten=_rewritten(layout, dtype),
+        rewritten={**document.get(REWRITTEN, {}), **_rewritten(layout, dtype)},
         results=results,
         evaluation=read_json(attached[EVALUATION_FILE]) if EVALUATION_FILE in attached else None,
         serving=serving_lines(config, headers),
@@ -122,7 +122,7 @@ def export(
             (folder / file).parent.mkdir(exist_ok=True)
             copy(path, folder / file)
         _write_code(folder / CODE_FOLDER)
-        told = {"rewritten": facts.rewritten} if facts.rewritten else {}
+        told = {REWRITTEN: facts.rewritten} if facts.rewritten else {}
         origin = provenance(settings, **kept, **told, weights=weights, results=results)
         texts[PROVENANCE_FILE] = json.dumps(origin, indent=2) + "\n"
         for file, text in texts.items():
@@ -212,7 +212,7 @@ def _originals(source: Path) -> list[str]:
 
 
 def _rewritten(layout: Layout, dtype: str) -> dict[str, Any]:
-    """How the weight files differ from the checkpoint's; empty where they are the same."""
+    """How the weight files differ from the checkpoint's as it is; empty where they are the same."""
     shards = {"shards": len(layout.shards)} if layout.moved else {}
     return {**({"dtype": dtype} if layout.cast else {}), **shards}
 

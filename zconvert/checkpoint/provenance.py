@@ -21,7 +21,9 @@ HISTORY = "history"
 """the key under which the stages are that a checkpoint went through, in order: each with its `recipe`, and training
 stages with `steps` and `tokens_seen` (padding included)"""
 _HUB_HASH = 64  # hexadecimal digits of a sha256, by which the Hub's cache names large files
-_OF_THE_WEIGHTS = ("rows", "weights", "results", "rewritten")
+REWRITTEN = "rewritten"
+"""the key under which an export tells how its weight files differ from the checkpoint's: `dtype`, `shards`"""
+_OF_THE_WEIGHTS = ("rows", "weights", "results")
 """what a document says of weights that training moves, or of a measurement of them"""
 _LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "huggingface-hub")
 
@@ -57,7 +59,9 @@ def carried_on(base: Path, settings: TidarSettings, entry: Mapping[str, Any] | N
     changes: dict[str, Any] = {"stages": list(settings.stages)}
     if entry is not None:
         changes[HISTORY] = [*history_of(base), {**entry, "tool": _tool()}]
-    return patch_json(read_json_text(path), changes, remove=_OF_THE_WEIGHTS, name=PROVENANCE_FILE)
+    frozen = settings.mode == "gated"  # then the source's files stay as they were before the training
+    remove = _OF_THE_WEIGHTS if frozen else (*_OF_THE_WEIGHTS, REWRITTEN)
+    return patch_json(read_json_text(path), changes, remove=remove, name=PROVENANCE_FILE)
 
 
 def history_of(folder: Path) -> list[dict[str, Any]]:

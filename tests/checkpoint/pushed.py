@@ -48,6 +48,8 @@ class Pushes:
     """bytes of large files that may be stored; None: any"""
     failures: list[tuple[str, int]] = field(default_factory=list)
     """the next requests whose path has the text are answered by the status, without being done"""
+    messages: dict[str, str] = field(default_factory=dict)
+    """path -> the words with which it is forbidden"""
     lost_answers: list[str] = field(default_factory=list)
     """the next requests whose path has the text are done, and answered by 504"""
     on_upload: Callable[[int, int], bool] = lambda _number, _received: True
@@ -85,6 +87,9 @@ def write(handler: Any, hub: Pushes, read: dict[str, Path]) -> bool:
         if answer is not _put and not hub.knows(handler.headers):
             handler.rfile.read(length)
             refuse(handler, 401, "Invalid credentials in Authorization header")
+        elif path in hub.messages:
+            handler.rfile.read(length)
+            refuse(handler, 403, hub.messages[path])
         elif (failure := next((f for f in hub.failures if f[0] in path), None)) is not None:
             hub.failures.remove(failure)
             handler.rfile.read(length)

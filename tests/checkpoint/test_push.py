@@ -234,6 +234,10 @@ def test_a_wrong_token_is_told_and_never_shown(hub: LoopbackHub, exported: Path)
         assert "hf auth login" in str(error.value)
         assert "hf_wrong" not in str(error.value)
     assert "hf_wrong" not in repr(Target(REPO, token="hf_wrong"))
+    pushes(hub).messages["/api/repos/create"] = f"{TOKEN} may only read"
+    with pytest.raises(UserError, match="may not be written") as error:
+        push(exported)
+    assert "found: … may only read" in str(error.value)
 
 
 def test_a_full_account_is_told_in_the_hubs_words(hub: LoopbackHub, exported: Path) -> None:

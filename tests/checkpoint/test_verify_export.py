@@ -96,6 +96,27 @@ def test_code_that_writes_something_else_leaves_no_export(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("wrong", ["logits", "text"])
+def test_what_comes_out_elsewhere_is_held_against_the_checkpoint(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    checkpoint = convert(tiny_checkpoint("mixtral", dtype="float32"), tmp_path)
+
+    def elsewhere(folder: Path, kind: str, ids: list[int]) -> tuple[dict[str, Any], torch.Tensor]:
+        model, _ = load_model(resolve(folder), dtype="float32", device="cpu")
+        assert kind == type(model).__name__
+        logits = verifying._logits(model, ids)
+        gaps = [0.5] if wrong == "text" else [None]
+        answer = {"module": "transformers_modules.x", "plain": [[1]], "tidar": [[2]], "gaps": gaps}
+        return answer, logits.roll(1, 0) if wrong == "logits" else logits
+
+    monkeypatch.setattr(verifying, "_run_outside", elsewhere)
+    with pytest.raises(UserError, match="does not do what") as error:
+        export(checkpoint, tmp_path / "out", verify=True)
+    assert {"logits": "logits that differ", "text": "[2] by TiDAR"}[wrong] in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_logits_that_differ_are_refused() -> None:
     expected = torch.tensor([[1.0, -20.0]])
     assert verifying._compare(expected, expected + 1e-4) == pytest.approx(1e-4, rel=0.1)

@@ -1,6 +1,6 @@
 """Runs an exported folder as somebody else would, in an interpreter of its own in which zconvert cannot be imported.
 
-    python -I probe.py FOLDER CLASS LOGITS.safetensors < {"ids": [...], "prompts": [[...], ...], "max_new_tokens": 16}
+    python -P probe.py FOLDER CLASS LOGITS.safetensors < {"ids": [...], "prompts": [[...], ...], "max_new_tokens": 16}
 
 CLASS is the transformers class to load by. On stdout comes a JSON object: the greedy texts of the prompts without trust
 and with it (`plain`, `tidar`), for each prompt by how much the logits of the two tokens differ where the texts part

@@ -135,7 +135,7 @@ def _run_outside(folder: Path, kind: str, ids: list[int]) -> tuple[dict[str, Any
         # transformers keeps the code that it runs in a cache of its own: not in the user's.
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(work) / "modules")}
         ran = subprocess.run(
-            [sys.executable, "-I", probe.__file__, str(folder.absolute()), kind, str(logits)],
+            [sys.executable, "-P", probe.__file__, str(folder.absolute()), kind, str(logits)],
             input=request,
             capture_output=True,
             text=True,

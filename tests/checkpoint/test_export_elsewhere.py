@@ -45,7 +45,8 @@ print(json.dumps(answer))
 PUSH = """
 import json, sys
 from pathlib import Path
-from zconvert.checkpoint.push import Target, push
+from zconvert.checkpoint.push import push
+from zconvert.checkpoint.push_plan import Target
 print(json.dumps(push(Path(sys.argv[1]), Target(sys.argv[2], private=True)).to_dict()))
 """
 PROMPTS = [[2, 7, 11, 30, 9], [2, 20]]

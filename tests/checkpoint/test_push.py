@@ -21,7 +21,8 @@ from tests.checkpoint.pushed import TOKEN, Pushes, Repository
 from zconvert.checkpoint import push as pushing
 from zconvert.checkpoint.export import export
 from zconvert.checkpoint.graft import convert_init
-from zconvert.checkpoint.push import Pushed, Target, plan_push
+from zconvert.checkpoint.push import Pushed, plan_push
+from zconvert.checkpoint.push_plan import Target
 from zconvert.checkpoint.source import resolve
 from zconvert.cli import export as cli
 from zconvert.cli.ui import handled
@@ -347,7 +348,7 @@ def test_what_changed_meanwhile_is_looked_at_again(
 ) -> None:
     push(exported)
     (exported / "LICENSE").write_text("new")
-    plan = pushing._plan
+    plan = pushing.compare
     api = huggingface_hub.HfApi(token=TOKEN)
 
     def overtaken(*arguments: Any) -> Any:
@@ -355,7 +356,7 @@ def test_what_changed_meanwhile_is_looked_at_again(
         api.upload_file(path_or_fileobj=b"x", path_in_repo="picture.png", repo_id=REPO)
         return found
 
-    monkeypatch.setattr(pushing, "_plan", overtaken)
+    monkeypatch.setattr(pushing, "compare", overtaken)
     with pytest.raises(UserError, match="was changed meanwhile"):
         push(exported)
     assert "LICENSE" not in files_of(hub)

@@ -17,7 +17,7 @@ from zconvert.cli.ui import err, facts, out, print_json, size
 from zconvert.tidar.settings import GATED_FILE
 
 if TYPE_CHECKING:
-    from zconvert.checkpoint.push import PushPlan, Step, Target
+    from zconvert.checkpoint.push_plan import PushPlan, Step, Target
 
 
 class EngineName(StrEnum):
@@ -120,7 +120,7 @@ def command(
         report = export_shown(checkpoint, output, revision=revision, token=token, **choices)
         print_json(report) if as_json else _show(report)
         return
-    from zconvert.checkpoint.push import Target
+    from zconvert.checkpoint.push_plan import Target
 
     target = Target(hub, revision, private, create_pr, commit_message, force, token)
     _push(checkpoint, target, dry_run, as_json, choices)

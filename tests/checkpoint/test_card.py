@@ -151,6 +151,10 @@ def test_the_card_has_a_table_for_each_task_with_intervals_where_they_are() -> N
     assert "Decoding speed was not measured" in text
     assert "Measured with device cpu, n 16." in text
     assert "broken" not in text
+    assert "before the weights" not in text
+    assert "before the weights were stored as bfloat16" in card(
+        TidarSettings(4, 60), evaluation=evaluation, rewritten={"dtype": "bfloat16"}
+    )
     both = card(TidarSettings(4, 60), evaluation=evaluation, results=RESULTS)
     assert "| lossless | 4.07 | 220.0 | 2.20× |" in both
     assert "Quality was not measured" in card(TidarSettings(4, 60), results=RESULTS)
@@ -163,7 +167,7 @@ def test_the_card_has_a_table_for_each_task_with_intervals_where_they_are() -> N
     [
         ({}, "are here byte for byte"),
         ({"shards": 3}, "are here value for value, in other files"),
-        ({"dtype": "bfloat16"}, "are here rounded to bfloat16"),
+        ({"dtype": "bfloat16"}, "are here stored as bfloat16"),
     ],
 )
 def test_the_card_of_a_gated_model_claims_no_more_than_its_weight_files_keep(

@@ -100,7 +100,7 @@ def test_a_checkpoint_whose_weights_moved_has_no_source_to_give_back(source: Pat
 
 @pytest.mark.parametrize(
     ("options", "claim"),
-    [({"max_shard_size": 20_000}, "value for value, in other files"), ({"dtype": "float32"}, "rounded to float32")],
+    [({"max_shard_size": 20_000}, "value for value, in other files"), ({"dtype": "float32"}, "stored as float32")],
 )
 def test_an_export_with_other_weight_files_claims_no_more_than_it_keeps(
     gated: Path, tmp_path: Path, options: dict[str, Any], claim: str

@@ -87,7 +87,7 @@ def model_card(
         _summary(settings, config, facts),
         f"## How to run it\n\n{_usage(settings, config, facts)}",
         f"## What was done\n\n{_lineage(settings, facts)}",
-        f"## Measured\n\n{measured_section(facts.results, facts.evaluation)}",
+        f"## Measured\n\n{_measured(facts)}",
         f"## Limits\n\n{_limits(settings)}",
         f"## How to make it again\n\n{_commands(settings, facts)}",
         f"## Licence\n\n{_licence(inherited)}",
@@ -147,7 +147,7 @@ def _summary(settings: TidarSettings, config: Mapping[str, Any], facts: Facts) -
 def _as_stored(facts: Facts) -> str:
     rewritten = facts.rewritten or {}
     if "dtype" in rewritten:
-        return f"are here rounded to {rewritten['dtype']}, frozen in training"
+        return f"are here stored as {rewritten['dtype']}, frozen in training"
     if rewritten:
         return "are here value for value, in other files, as they were frozen in training"
     return "are here byte for byte, as they were frozen in training"
@@ -225,6 +225,14 @@ def _stages(settings: TidarSettings, facts: Facts) -> str:
     return ", ".join(told) or "none"
 
 
+def _measured(facts: Facts) -> str:
+    text = measured_section(facts.results, facts.evaluation)
+    dtype = (facts.rewritten or {}).get("dtype")
+    if dtype is not None and (facts.results or facts.evaluation):
+        text += f" All of it was measured before the weights were stored as {dtype}."
+    return text
+
+
 def _limits(settings: TidarSettings) -> str:
     lines = [
         "Greedy text equals autoregressive text in float32. In bfloat16 and float16 it may part by rounding, because "
@@ -232,7 +240,7 @@ def _limits(settings: TidarSettings) -> str:
         '`sampler="mixed"` is faster and changes the distribution of the text: it is not lossless.',
         "A forward over a block costs more than one over a token, so tokens per forward is not speed; on a device that "
         "is bound by memory a mixture of experts may gain little or lose. Measure on yours.",
-        "It has the base model's knowledge, and its biases and faults.",
+        "The base model's knowledge, biases and faults were not looked at anew.",
     ]
     if settings.mode == "full" and settings.stages:
         lines.insert(1, "All weights were trained further, so its answers are not the base model's.")

@@ -49,7 +49,6 @@ def export(
     checkpoint: Source,
     out: Path,
     *,
-    name: str | None = None,
     dtype: str = "source",
     max_shard_size: int | None = None,
     results: Mapping[str, Any] | None = None,
@@ -65,8 +64,7 @@ def export(
 
     Args:
         checkpoint: a converted checkpoint.
-        out: folder to write; must not exist.
-        name: the title of the card; the folder's name where None.
+        out: folder to write; must not exist. Its name is the title of the card.
         dtype: source, or float32 or bfloat16 for weights of another type.
         max_shard_size: bytes that a weight file holds at most; None leaves the files as they are.
         results: what `zconvert bench --json` printed, for the card; what the checkpoint was exported with where None.
@@ -110,7 +108,7 @@ def export(
         serving=serving_lines(config, headers),
         plots=[file for file in attached if file.startswith(PLOTS_FOLDER)],
     )
-    texts["README.md"] = model_card(name or out.name, settings, config, inherited, facts)
+    texts["README.md"] = model_card(out.name, settings, config, inherited, facts)
     kept = {HISTORY: history} if history else {}
     if not facts.rewritten and SOURCE_FILES in document:
         kept[SOURCE_FILES] = document[SOURCE_FILES]

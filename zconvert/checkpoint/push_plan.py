@@ -162,7 +162,7 @@ def _left_behind(name: str) -> bool:
 
 
 def _require_ours(
-    api: HfApi, target: Target, head: str | None, names: Iterable[str], document: Mapping[str, Any]
+    api: HfApi, target: Target, head: str | None, names: Collection[str], document: Mapping[str, Any]
 ) -> None:
     theirs: dict[str, Any] = {}
     if PROVENANCE_FILE in names:

@@ -22,7 +22,7 @@ from zconvert.checkpoint.provenance import PROVENANCE_FILE, SOURCE_FILES, proven
 from zconvert.checkpoint.source import Source, read_config, require_converted
 from zconvert.checkpoint.weights import check_written
 from zconvert.errors import UserError
-from zconvert.tidar.settings import BIGRAM_FILE, GATED_FILE, TidarSettings
+from zconvert.tidar.settings import GATED_FILE, OWN_FILES, TidarSettings
 
 CODE_FOLDER = "custom_generate"
 REQUIREMENTS = ("torch>=2.11", "transformers>=5.17")
@@ -89,7 +89,7 @@ def export(
         if headers.indexed:
             copy(source / INDEX_FILE, folder / INDEX_FILE)
         copy_companions(source, folder, without=texts)
-        for name in (GATED_FILE, BIGRAM_FILE):
+        for name in OWN_FILES:
             if (source / name).exists():
                 (folder / name).parent.mkdir(exist_ok=True)
                 copy(source / name, folder / name)

@@ -17,13 +17,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.processes import finish, for_processes, make_family_run, record, start
+from tests.training.processes import TWO, finish, for_processes, launch, make_family_run, record, start
 from tests.training.runs import make_run, metrics_of
+from zconvert.checkpoint.source import resolve
 from zconvert.errors import UserError
 from zconvert.recipe import MidtrainRecipe, ParallelRecipe
 from zconvert.tidar.settings import GATED_FILE, GatedParts
 from zconvert.training import stages
-from zconvert.training.parallel import Parallel, check_sizes
+from zconvert.training.parallel import Parallel, check_experts, check_sizes
 from zconvert.training.state import states_in
 
 LAYOUTS: dict[int, dict[str, dict[str, int]]] = {
@@ -89,13 +90,26 @@ def test_context_parallelism_follows_convolutions_chunks_and_positions(tmp_path:
 
 @pytest.mark.slow
 def test_experts_on_several_processes_compute_the_same_and_are_gathered_in_order(tmp_path: Path) -> None:
-    run = make_family_run(tmp_path, "qwen3_moe", learning_rate=1e-9, save_dtype="float32")
-    compare({"qwen3_moe": run}, {2: ["experts"]}, tmp_path)
-    base = load_file(tmp_path / "init" / "model.safetensors")
-    trained = load_file(tmp_path / "2" / "qwen3_moe, experts" / "checkpoint" / "model.safetensors")
-    assert base.keys() == trained.keys()
-    for name, expected in base.items():
-        torch.testing.assert_close(trained[name], expected, rtol=0, atol=1e-7)
+    families = ("zaya", "qwen3_moe", "gpt_oss")
+    changes = {"learning_rate": 1e-9, "save_dtype": "float32"}
+    runs = {family: make_family_run(tmp_path / family, family, **changes) for family in families}
+    compare(runs, {2: ["experts"]}, tmp_path)
+    for family in families:
+        folders = (tmp_path / name / "checkpoint" for name in (f"1/{family}", f"2/{family}, experts"))
+        one, two = (load_file(folder / "model.safetensors") for folder in folders)
+        assert one.keys() == two.keys()
+        for name, expected in one.items():
+            torch.testing.assert_close(two[name], expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(("family", "size", "found"), [("jetmoe", 2, "has no plan"), ("zaya", 3, "4 experts")])
+def test_experts_that_cannot_be_shared_are_told_before_any_weight_is_loaded(
+    family: str, size: int, found: str, tmp_path: Path
+) -> None:
+    run = make_family_run(tmp_path, family)
+    with pytest.raises(UserError, match="cannot be shared") as caught:
+        check_experts(resolve(run["base_model"]), size)
+    assert found in str(caught.value.found)
 
 
 @pytest.mark.slow
@@ -181,14 +195,7 @@ def test_rows_that_cannot_be_shared_evenly_are_refused(tmp_path: Path) -> None:
     assert "sequence_len is 30 with parallel.context_parallel 2" in texts.stderr
 
 
-def launch(folder: Path, settings: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(json.dumps(settings))
-    return subprocess.run([*COMMAND, str(recipe), *TWO], capture_output=True, text=True, timeout=120)
-
-
 COMMAND = [sys.executable, "-m", "zconvert", "midtrain"]
-TWO = ["--", "--nproc_per_node=2"]
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.checkpoint.disk import small_disk
 from tests.training.processes import TWO, finish, for_processes, launch, make_family_run, record, start
 from tests.training.runs import make_run, metrics_of
 from zconvert.checkpoint.source import resolve
@@ -270,6 +271,27 @@ def test_a_run_of_two_processes_killed_at_any_moment_loses_and_repeats_no_step(t
     assert metrics_of(run_dir) == metrics_of(tmp_path / "whole")
     one, two = (load_file(folder / "checkpoint" / "model.safetensors") for folder in (run_dir, tmp_path / "whole"))
     assert all(torch.equal(one[name], two[name]) for name in two)
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_all_processes_with_one_error_and_the_state_before_goes_on(tmp_path: Path) -> None:
+    settings = make_run(tmp_path, micro_batch_size=1, save_dtype="float32", save_steps=2, max_steps=6)
+    whole = launch(tmp_path, {**settings, "output_dir": str(tmp_path / "whole")})
+    assert whole.returncode == 0, whole.stderr
+    state = sum(path.stat().st_size for path in states_in(tmp_path / "whole")[-1][1].iterdir())
+    with small_disk(tmp_path / "disk", f"{(state + state // 2) // 1024}k") as disk:
+        settings = {**settings, "output_dir": str(disk / "run")}
+        full = launch(tmp_path, settings)
+        assert full.returncode == 1
+        assert full.stderr.count("rror:") == 1, full.stderr
+        assert "train state of step 4 could not be written" in " ".join(full.stderr.split())
+        assert [step for step, _ in states_in(disk / "run")] == [2]
+        assert not list((disk / "run" / "train_state").glob(".*"))
+        subprocess.run(["mount", "-o", f"remount,size={9 * state // 1024}k", str(disk)], check=True)
+        again = launch(tmp_path, settings)
+        assert again.returncode == 0, again.stderr
+        assert "continuing after step 2" in again.stderr
+        assert metrics_of(disk / "run") == metrics_of(tmp_path / "whole")
 
 
 def newest(run_dir: Path) -> int:

@@ -14,8 +14,8 @@ from zconvert.planning.machines import MACHINES
 from zconvert.planning.memory import memory_of
 from zconvert.planning.plan import plan_stage, summary
 from zconvert.planning.step_time import disk_bytes, row_flops, stage_cost, step_time
-from zconvert.planning.workload import Workload
-from zconvert.recipe import ParallelRecipe
+from zconvert.planning.workload import Workload, workload_of
+from zconvert.recipe import MidtrainRecipe, ParallelRecipe
 from zconvert.tidar.settings import GatedParts
 
 H100 = MACHINES["h100-80gb"]
@@ -115,6 +115,9 @@ def test_more_devices_never_make_a_step_of_the_same_rows_slower_a_token() -> Non
 
 def test_a_recipe_that_says_how_devices_share_the_work_is_planned_as_it_says() -> None:
     said = ParallelRecipe(fsdp=4, context_parallel=2, expert_parallel=2)
+    settings = {"base_model": "x", "output_dir": "y", "datasets": [{"path": "z"}], "max_steps": 1}
+    for section, read in ((said, said), ({"sync_every_forward": True}, None), ({}, None)):
+        assert workload_of(MidtrainRecipe(**settings, parallel=section), 16, None).parallel == read
     stage = plan_stage(ZAYA, Workload(parallel=said), H100, 8, None)
     assert stage.layout == Layout(8, 4, 2, 2)
     assert stage.layout.title == "FSDP 4, 2 replicas, CP 2, EP 2"

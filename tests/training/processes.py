@@ -87,7 +87,7 @@ def start(command: list[str], world: int, log: Path) -> list[subprocess.Popen[by
     return processes
 
 
-def finish(processes: list[subprocess.Popen[bytes]], seconds: float = 120) -> list[int | None]:
+def finish(processes: list[subprocess.Popen[bytes]], seconds: float = 240) -> list[int | None]:
     """Waits until all have ended, or one has failed, whom the others would wait for; their exit codes."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -259,12 +259,6 @@ def _check_parallel(recipe: TrainingRecipe, settings: TidarSettings, parallel: P
             expected=f"a multiple of {chunks}, and at least {chunks * max(4, settings.block_size)}",
             fix="change sequence_len, or let fewer processes share a row",
         )
-    if recipe.diffusion.diffusion_fraction < 1:
-        raise UserError(
-            f"diffusion.diffusion_fraction is {recipe.diffusion.diffusion_fraction:g} with parallel.context_parallel",
-            expected="1, where processes share a row: its slots are dealt out with its tokens",
-            fix="set diffusion.diffusion_fraction or parallel.context_parallel to 1",
-        )
 
 
 def _say_nothing(_progress: Progress) -> None:

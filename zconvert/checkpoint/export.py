@@ -29,7 +29,7 @@ from zconvert.checkpoint.weights import check_written, config_patch
 from zconvert.errors import UserError
 from zconvert.recipe.yaml_text import write_yaml
 from zconvert.tidar._requirements import OLDEST
-from zconvert.tidar.settings import GATED_FILE, TidarSettings
+from zconvert.tidar.settings import GATED_FILE, OWN_FILES, TidarSettings
 
 CODE_FOLDER = "custom_generate"
 _REQUIREMENTS_HEAD = """\
@@ -113,7 +113,7 @@ def export(
     if not facts.rewritten and SOURCE_FILES in document:
         kept[SOURCE_FILES] = document[SOURCE_FILES]
     with new_folder(out) as folder:
-        weights = _write_weights(source, folder, headers, layout, settings, as_links, on_shard)
+        weights = _write_weights(source, folder, headers, layout, as_links, on_shard)
         left = {file for file in _originals(source) if facts.rewritten}
         copy_companions(source, folder, without={*texts, *left})
         for file, path in attached.items():
@@ -150,12 +150,11 @@ def _write_weights(
     folder: Path,
     headers: Headers,
     layout: Layout,
-    settings: TidarSettings,
     as_links: bool,
     on_shard: Callable[[str, int, int], None],
 ) -> dict[str, dict[str, Any]]:
     """Puts the weight files into the folder; returns size and hash of each."""
-    as_they_are = [GATED_FILE] if settings.mode == "gated" else []
+    as_they_are = [name for name in OWN_FILES if (source / name).exists()]
     if layout.cast or layout.moved:
         write_layout(source, folder, layout, on_shard)
     else:

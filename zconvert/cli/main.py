@@ -86,7 +86,14 @@ app.command(
 app.command("bench", epilog=_examples("zconvert bench ./my-run", "zconvert bench ./my-run --json > bench.json"))(
     ui.handled(bench.command)
 )
-app.command("export", epilog=_examples("zconvert export ./my-run --out ./my-tidar-model"))(ui.handled(export.command))
+app.command(
+    "export",
+    epilog=_examples(
+        "zconvert export ./my-run --out ./my-tidar-model",
+        "zconvert export ./my-run --hub my-name/my-tidar-model --private --dry-run",
+        "zconvert export ./my-run --check vllm",
+    ),
+)(ui.handled(export.command))
 app.command(
     "run",
     epilog=_examples("zconvert run recipes/quickstart/pipeline.yaml", "zconvert run pipeline.yaml --dry-run"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from typing import Annotated
 
@@ -64,3 +65,23 @@ def accepted_counts(text: str | None, block_size: int | None = None) -> tuple[in
         raise typer.BadParameter(
             f"{text!r} is no list of accepted counts, from 1{most}, such as 1,3,5", param_hint="--proposals"
         ) from None
+
+
+def size_in_bytes(text: str, option: str) -> int:
+    """A size as people write it.
+
+    Args:
+        text: a number with B, KB, MB, GB or TB behind it; units are powers of 1000.
+        option: that it is the value of.
+
+    Raises:
+        typer.BadParameter: it is no such size.
+
+    >>> size_in_bytes("1.5GB", "--max-shard-size")
+    1500000000
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", text.strip(), re.IGNORECASE)
+    count = int(float(match[1]) * 1000 ** ("KMGT".find(match[2].upper()) + 1 if match[2] else 0)) if match else 0
+    if count < 1:
+        raise typer.BadParameter(f"{text!r} is no size, such as 5GB or 500MB", param_hint=option)
+    return count

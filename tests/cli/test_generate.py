@@ -11,12 +11,12 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from tests.checkpoint.tiny import make_checkpoint, make_tokenizer
+from tests.checkpoint.tiny import make_checkpoint
 from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.load import load_model, prompt_ids
 from zconvert.checkpoint.source import resolve
 from zconvert.cli import generate, ui
-from zconvert.cli.generate import Tally, TextStream
+from zconvert.cli.streaming import Tally, safe
 from zconvert.errors import UserError
 
 PROMPT = "ten tall trees"
@@ -192,31 +192,6 @@ def test_the_dtype_is_as_asked_and_a_device_that_is_not_there_is_refused(checkpo
         load_model(resolve(checkpoint), dtype="float3")
 
 
-def test_streamed_pieces_add_up_to_the_text_with_its_spaces() -> None:
-    tokenizer = make_tokenizer(60)
-    prompt = prompt_ids(tokenizer, "ten tall")
-    tokens = tokenizer(" trees stand there", add_special_tokens=False).input_ids
-    stream = TextStream(tokenizer, prompt)
-    pieces = [stream.add((token,)) for token in tokens] + [stream.flush()]
-    assert "".join(pieces) == tokenizer.decode(prompt + tokens, skip_special_tokens=True)[len("ten tall") :]
-    assert pieces[0].startswith(" ")
-
-
-def test_an_incomplete_character_waits_for_its_bytes() -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = {piece: i for i, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    made = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
-    tokens = tokenizer("aé€").input_ids
-    stream = TextStream(tokenizer, tokens[:1])
-    assert [stream.add((token,)) for token in tokens[1:-1]] == ["", "é", "", ""]
-    assert stream.flush() == "\N{REPLACEMENT CHARACTER}"
-
-
 def test_the_prefill_does_not_count_among_the_forwards_of_a_ratio() -> None:
     tally = Tally()
     assert tally.tokens_per_forward is None
@@ -226,4 +201,4 @@ def test_the_prefill_does_not_count_among_the_forwards_of_a_ratio() -> None:
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
-    assert generate._safe("a\x1b[31m\tb\n") == "a\N{REPLACEMENT CHARACTER}[31m\tb\n"
+    assert safe("a\x1b[31m\tb\n") == "a\N{REPLACEMENT CHARACTER}[31m\tb\n"

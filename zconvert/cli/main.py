@@ -19,6 +19,7 @@ from zconvert.cli import (
     recipes,
     report,
     run,
+    serve,
     sft,
     ui,
 )
@@ -83,6 +84,14 @@ app.command(
         "zconvert generate ./my-run --sampler mixed --mix-weight 0.3 < prompt.txt",
     ),
 )(ui.handled(generate.command))
+app.command(
+    "serve",
+    epilog=_examples(
+        "zconvert serve ./my-run --batch-size 16",
+        "curl localhost:8000/v1/completions -H 'Content-Type: application/json' "
+        """-d '{"model": "my-run", "prompt": "Once"}'""",
+    ),
+)(ui.handled(serve.command))
 app.command("bench", epilog=_examples("zconvert bench ./my-run", "zconvert bench ./my-run --json > bench.json"))(
     ui.handled(bench.command)
 )

@@ -1,0 +1,1 @@
+"""Text from a checkpoint for others: an OpenAI-compatible endpoint, and files of prompts."""

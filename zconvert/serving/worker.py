@@ -14,6 +14,7 @@ from zconvert.tidar.decoding import Request, Result
 from zconvert.tidar.engine import Counters, Engine
 
 _MOST_FAILURES = 3  # forwards that fail in a row, until the engine is given up
+_CLOSE_SECONDS = 30
 _log = logging.getLogger(__name__)
 
 
@@ -91,9 +92,9 @@ class Worker:
         self._inbox.put(("cancel all", None))
 
     def close(self) -> None:
-        """Ends all jobs and the thread, and waits for it."""
+        """Ends all jobs and the thread, and waits for it, unless a forward of it hangs."""
         self._inbox.put(("close", None))
-        self._thread.join()
+        self._thread.join(_CLOSE_SECONDS)
 
     def _run(self) -> None:
         try:

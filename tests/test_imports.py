@@ -27,7 +27,8 @@ ALLOWED = {
     "planning": LEAVES | {"checkpoint"},
     "training": LIBRARY,
     "evaluation": LIBRARY,
-    "cli": LIBRARY | {"training", "evaluation"},
+    "serving": LIBRARY,
+    "cli": LIBRARY | {"training", "evaluation", "serving"},
 }
 """what each part of the package may import of the rest (itself always, the version number always)"""
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,9 @@ class Model:
         model, tokenizer = load_model(source)
         plan = plan_of(require_converted(source), Sampling(), end_token_ids(model, tokenizer), sampler=sampler)
         return cls(layout_model_of(model), tokenizer, plan)
+
+    def plan_at(self, temperature: float) -> DecodePlan:
+        return replace(self.plan, sampling=Sampling(temperature))
 
     def greedy(self, prompt: list[int], count: int) -> str:
         """The text that follows a prompt, by the plain decode loop."""

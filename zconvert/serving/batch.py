@@ -37,8 +37,9 @@ class Row(BaseModel):
     def _has_one_prompt(self) -> Row:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError('expected either "prompt" or "messages"')
-        if self.messages is not None and not all(isinstance(m.get("role"), str) for m in self.messages):
-            raise ValueError("each of the messages needs a role")
+        roles = [message.get("role") for message in self.messages or []]
+        if self.prompt is None and not (roles and all(isinstance(role, str) for role in roles)):
+            raise ValueError("expected at least one message, each with its role")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError("max_new_tokens is below 1")
         if self.seed is not None and not 0 <= self.seed < 2**63:

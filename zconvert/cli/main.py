@@ -82,6 +82,8 @@ app.command(
     epilog=_examples(
         "zconvert generate ./my-run 'Once upon a time' --show-blocks",
         "zconvert generate ./my-run --sampler mixed --mix-weight 0.3 < prompt.txt",
+        "zconvert generate ./my-run --prompts prompts.jsonl --out texts.jsonl",
+        "zconvert generate ./my-run --chat --temperature 0.7",
     ),
 )(ui.handled(generate.command))
 app.command(

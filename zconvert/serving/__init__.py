@@ -1,1 +1,1 @@
-"""Text from a checkpoint for others: an OpenAI-compatible endpoint, and files of prompts."""
+"""The engine in use: plans that follow the machine and the text, an OpenAI-compatible endpoint, files of prompts."""

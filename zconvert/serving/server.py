@@ -190,6 +190,7 @@ class Service:
                 )
             held += self._take(asked.choices - 1)
             encoded = await asyncio.get_running_loop().run_in_executor(self._encoder, encode, asked, self._served)
+            self._refuse_when_closed()  # nobody would tell how these end
             for index, (engine_request, text) in enumerate(encoded):
                 job = Job(engine_request, text, self._on_piece(texts, index))
                 self._worker.submit(job)
@@ -202,10 +203,13 @@ class Service:
         self._metrics.prompt_tokens.inc(texts.prompt_tokens)
         return asked
 
-    def _take(self, places: int) -> int:
+    def _refuse_when_closed(self) -> None:
         if self._stopping or not self._worker.state.alive:
             what = "the server is stopping" if self._stopping else "the engine has failed"
             raise ApiError(what, status=503, code="unavailable")
+
+    def _take(self, places: int) -> int:
+        self._refuse_when_closed()
         if self._taken + places > self._limits.places:
             raise ApiError(
                 f"{self._limits.places} texts run or wait already: try again later",

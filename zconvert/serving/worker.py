@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -175,5 +175,5 @@ class Worker:
 
     def _tell_state(self) -> None:
         counters = self._engine.counters
-        copied = replace(counters, accepted=dict(counters.accepted))
+        copied = replace(counters, verified=Counter(counters.verified))
         self.state = State(len(self._running), len(self._waiting), counters=copied)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import http.client
 import json
+import random
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -331,3 +333,44 @@ def test_texts_that_outlast_the_time_of_grace_are_ended(model: Model) -> None:
 def listens(endpoint: Endpoint) -> bool:
     with socket.socket() as client:
         return client.connect_ex(("127.0.0.1", endpoint.port)) == 0
+
+
+@pytest.mark.slow
+def test_hundreds_of_clients_of_all_kinds_are_answered_and_no_place_is_lost(model: Model) -> None:
+    chance = random.Random(0)
+    kinds = [chance.choice(["whole", "stream", "stop", "leaves", "leaves early", "wrong"]) for _ in range(400)]
+    lengths = [chance.randint(1, 40) for _ in kinds]
+    whole = model.greedy(prompt_ids(model.tokenizer, PROMPT), 40)
+    failures: list[tuple[int, str, object]] = []
+
+    def client(number: int) -> None:
+        kind, count = kinds[number], lengths[number]
+        body = {"model": NAME, "prompt": PROMPT, "max_tokens": count, "temperature": 0}
+        try:
+            if kind == "whole":
+                assert whole.startswith(endpoint.complete(**body)["choices"][0]["text"])
+            elif kind == "stream":
+                assert whole.startswith(text_of(list(open_stream(endpoint, max_tokens=count))))
+            elif kind == "stop":
+                assert whole[9:11] not in endpoint.complete(**body, stop=whole[9:11])["choices"][0]["text"]
+            elif kind == "wrong":
+                assert endpoint.ask(COMPLETIONS, {**body, "n": "many"})[0] == 400
+            else:
+                connection = http.client.HTTPConnection("127.0.0.1", endpoint.port, timeout=60)
+                connection.request(
+                    "POST", COMPLETIONS, json.dumps({**body, "stream": True}), {"Content-Type": "application/json"}
+                )
+                if kind == "leaves":
+                    connection.getresponse().readline()
+                connection.close()
+        except Exception as error:
+            failures.append((number, kind, error))
+
+    with serving(model, batch_size=4, places=len(kinds)) as endpoint:
+        with ThreadPoolExecutor(32) as clients:
+            list(clients.map(client, range(len(kinds))))
+        assert not failures
+        endpoint.wait_for(lambda: endpoint.idle)
+        every_place = endpoint.complete(prompt=[PROMPT] * len(kinds), max_tokens=1)
+        assert len(every_place["choices"]) == len(kinds)
+        assert endpoint.ask("/health")[0] == 200

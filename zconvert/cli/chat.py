@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,8 @@ class Chat:
         """Answers what is read from stdin, line by line, until its end or /quit."""
         asks = sys.stdin.isatty()
         if asks:
+            with suppress(ImportError):  # where there is none, lines are typed without it
+                import readline  # noqa: F401  # lets `input` edit lines and bring back earlier ones
             err.print("/reset forgets the conversation, /quit ends it, Ctrl-C stops an answer.", style="dim")
         while (line := _read_line(asks)) is not None:
             if line == "/quit":

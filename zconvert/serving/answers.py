@@ -64,8 +64,8 @@ class Answer:
         return {**self._head("chat.completion"), "choices": choices, "usage": usage.to_dict()}
 
     def opening(self, index: int) -> bytes:
-        """The event before a choice's text; completions have none."""
-        return self._event(index, {"delta": {"role": "assistant", "content": ""}}, None) if self.chat else b""
+        """The event before the text of a chat's choice."""
+        return self._event(index, {"delta": {"role": "assistant", "content": ""}}, None)
 
     def piece(self, index: int, text: str) -> bytes:
         """The event of some more text."""

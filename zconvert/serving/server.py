@@ -117,7 +117,7 @@ class Service:
         async def guarded(request: HttpRequest) -> Response:
             if self._api_key is not None:
                 scheme, _, key = request.headers.get("authorization", "").partition(" ")
-                if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._api_key):
+                if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode("latin-1"), self._api_key):
                     raise ApiError(
                         "the API key is missing or wrong: send it as `Authorization: Bearer KEY`",
                         status=401,
@@ -276,7 +276,7 @@ class Service:
         texts.status = _CLIENT_LEFT  # unless it comes to its end
         error = None
         try:
-            for index in range(len(texts.jobs)):
+            for index in range(len(texts.jobs) if answer.chat else 0):
                 yield answer.opening(index)
             async for index, piece in self._pieces(texts, start):
                 if piece.text:

@@ -117,8 +117,8 @@ def cells() -> set[int]:
     return found
 
 
-def run(code: str, tests: str = TESTS, limits: Limits = SMALL, **walls: bool) -> Outcome:
-    return run_code(Program(code, tests=tests), limits, **walls)
+def run(code: str, tests: str = TESTS, **walls: bool) -> Outcome:
+    return run_code(Program(code, tests=tests, function="f"), SMALL, **walls)
 
 
 @pytest.mark.parametrize("walls", WALLS)

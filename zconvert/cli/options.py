@@ -64,3 +64,21 @@ def accepted_counts(text: str | None, block_size: int | None = None) -> tuple[in
         raise typer.BadParameter(
             f"{text!r} is no list of accepted counts, from 1{most}, such as 1,3,5", param_hint="--proposals"
         ) from None
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """Whole numbers from 1 with commas between them, in order and without repeats.
+
+    Raises:
+        typer.BadParameter: it is no such list.
+
+    >>> numbers("4,1,4", "--k")
+    [1, 4]
+    """
+    try:
+        found = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        found = [0]
+    if found[0] < 1:
+        raise typer.BadParameter(f"{text!r} is no list of whole numbers from 1, such as 1,4,16", param_hint=option)
+    return found

@@ -373,7 +373,8 @@ def _run_tests(job: Job, report: int, word: str) -> None:
     sys.setprofile(None)
     known.clear()
     known.update(own)
-    names = {k: v for k, v in vars(module).items() if k not in own or k == job["function"]}
+    tested = job["function"]  # where it is not known, a name that hides a built-in may be it
+    names = {k: v for k, v in vars(module).items() if k not in own or tested in (None, k)}
     run(compiled, names | {"__builtins__": own, _PLAIN: _plain})
     write(report, word.encode())
 

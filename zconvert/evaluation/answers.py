@@ -11,7 +11,7 @@ from zconvert.errors import UserError
 from zconvert.recipe.task import AnswerSection, CheckSection
 
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+")
-_FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+_FENCE = re.compile(r"^[ \t]*```([^\n`]*)$", re.MULTILINE)
 _LONGEST_LOOP = 200
 
 
@@ -40,8 +40,7 @@ def extract(text: str, section: AnswerSection) -> str | None:
     if section.take == "boxed":
         return _boxed(text)
     if section.take == "code_block":
-        blocks = _FENCE.findall(text)
-        return _last(blocks) if blocks else text.partition("\n```")[0].strip("\n") or None
+        return _code(text).strip("\n") or None
     if section.take == "choice":
         return _choice(text, section.choices)
     return text if text.strip() else None
@@ -49,6 +48,18 @@ def extract(text: str, section: AnswerSection) -> str | None:
 
 def _last(found: list[str]) -> str | None:
     return found[-1] if found else None
+
+
+def _code(text: str) -> str:
+    """Within the last fences. One that closes what the prompt opened is bare, stands behind something, and is odd."""
+    fences = list(_FENCE.finditer(text))
+    if not fences:
+        return text
+    if len(fences) % 2 and not fences[0][1].strip() and text[: fences[0].start()].strip():
+        return text[: fences[0].start()]
+    opening = fences[(len(fences) - 1) // 2 * 2]
+    closing = next((fence for fence in fences if fence.start() > opening.start()), None)
+    return text[opening.end() : closing.start() if closing else len(text)]
 
 
 def _boxed(text: str) -> str | None:
@@ -65,7 +76,7 @@ def _boxed(text: str) -> str | None:
 def _choice(text: str, letters: str) -> str | None:
     """The last letter said to be the answer, else the last that stands alone; "A" is also a word, "(A)" is not."""
     one = f"([{re.escape(letters)}])"
-    said = re.findall(rf"(?i:answer|option|choice)(?i:\s+is)?\s*:?\s*[\"'(*\[]*{one}\b", text)
+    said = re.findall(rf"(?i:answer|option|choice)(?i:\s+is)?[\s:*\"'(\[]*{one}\b", text)
     alone = re.findall(rf"\(\s*{one}\s*\)|^\s*{one}\s*[.):]?\s*$", text, re.MULTILINE)
     return _last(said) or _last([first or second for first, second in alone])
 

@@ -98,7 +98,8 @@ def is_right(answer: str | None, target: str, check: CheckSection) -> bool:
     found, right = _number(answer), _number(target)
     if found is None or right is None:
         return False
-    return abs(found - right) <= check.tolerance * max(1.0, float(abs(right)))
+    allowed = Fraction(check.tolerance)
+    return abs(found - right) <= (allowed * abs(right) if abs(right) > 1 else allowed)
 
 
 def _plain(text: str) -> str:

@@ -141,8 +141,6 @@ def go_on_with(folder: Path, settings: dict[str, Any]) -> None:
                 expected="the settings it began with; n, k, tasks, samplers and batch size may change",
                 fix="choose another --out, or remove that folder",
             )
-        settings = {**settings, "tasks": {**before["tasks"], **settings["tasks"]}}
-        settings["columns"] = list(dict.fromkeys([*before["columns"], *settings["columns"]]))
     write_json(folder / SETTINGS_FILE, settings)
 
 

@@ -14,7 +14,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.contracts.checks import BLOCK
-from tests.contracts.models import MASK, random_ids, random_pair, shared_random_pair
+from tests.contracts.models import MASK, Pair, random_ids, random_pair, shared_random_pair
 from tests.contracts.training import circular_texts, trained_pair
 from zconvert.tidar.acceptance import Sampling
 from zconvert.tidar.decoding import DecodePlan, Request, Result
@@ -225,3 +225,68 @@ def test_a_long_prompt_is_read_in_parts_between_the_forwards_of_the_texts_beside
 def test_sizes_that_cannot_be_are_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Engine(shared_random_pair("mixtral").layout, PLANS["ar"], **options)
+
+
+def stock_text(pair: Pair, request: Request) -> list[int]:
+    """What plain transformers answers greedily."""
+    ids = torch.tensor([request.prompt])
+    options: dict[str, Any] = {"do_sample": False, "suppress_tokens": [MASK], "pad_token_id": 0}
+    text = pair.plain.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=request.max_new_tokens, **options
+    )
+    return text[0, len(request.prompt) :].tolist()
+
+
+def mixed_lengths(count: int) -> list[Request]:
+    return [replace(request, sampling=None, eos_token_ids=None) for request in some_requests(count, seed=2)]
+
+
+@pytest.mark.parametrize("model", ["qwen3_moe", *MODELS])
+def test_greedy_texts_under_load_are_those_of_transformers(model: str) -> None:
+    assert_lossless_under_load(model, "some proposals", 3, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("model", ["qwen3_moe", *MODELS])
+def test_two_hundred_greedy_texts_under_load_are_those_of_transformers(model: str, plan: str, batch: int) -> None:
+    assert_lossless_under_load(model, plan, batch, 200)
+
+
+@cache
+def stock_texts(model: str, count: int) -> dict[Any, list[int]]:
+    return {request.key: stock_text(trained_pair(model), request) for request in mixed_lengths(count)}
+
+
+def assert_lossless_under_load(model: str, plan: str, batch: int, count: int) -> None:
+    engine = Engine(trained_pair(model).layout, PLANS[plan], max_batch=batch)
+    assert texts_of(list(run(engine, mixed_lengths(count)))) == stock_texts(model, count)
+    assert plan == "ar" or max(engine.counters.accepted) == BLOCK
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["some proposals", "two forwards"])
+def test_sampled_continuations_of_a_trained_model_are_distributed_as_those_of_plain_decoding(plan: str) -> None:
+    """Two samples of 20,000 continuations each, by the engine with drafts and without: one law."""
+    pair, prompt, length = trained_pair("mixtral"), [3, 5, 7], 4
+    sampling = Sampling(temperature=1.5)
+
+    def counts(name: str, first_seed: int) -> dict[tuple[int, ...], int]:
+        found: dict[tuple[int, ...], int] = {}
+        engine = Engine(pair.layout, replace(PLANS[name], sampling=sampling), max_batch=64)
+        for result in run(engine, (Request(prompt, length + BLOCK, seed=first_seed + i) for i in range(20_000))):
+            text = tuple(result.tokens[:length])
+            found[text] = found.get(text, 0) + 1
+        return found
+
+    drafted, plain = counts(plan, 0), counts("ar", 10**6)
+    often = [text for text in drafted.keys() | plain.keys() if drafted.get(text, 0) + plain.get(text, 0) >= 10]
+    assert len(often) > 100
+    table = torch.tensor([[found.get(text, 0) for text in often] for found in (drafted, plain)], dtype=torch.double)
+    rest = 20_000 - table.sum(1, keepdim=True)
+    table = torch.cat([table, rest], dim=1)
+    expected = table.sum(0, keepdim=True) / 2
+    statistic = ((table - expected) ** 2 / expected).sum()
+    freedom = torch.tensor((table.shape[1] - 1) / 2, dtype=torch.double)
+    assert float(torch.special.gammaincc(freedom, statistic / 2)) > 1e-3

@@ -15,6 +15,7 @@ from zconvert.cli import (
     extend_context,
     generate,
     inspect,
+    lm_eval,
     midtrain,
     plan,
     recipes,
@@ -105,6 +106,13 @@ app.add_typer(
     name="tasks",
     epilog=_examples("zconvert tasks list", "zconvert tasks check gsm8k=./my-copy.jsonl"),
 )
+app.command(
+    "lm-eval",
+    context_settings=lm_eval.CONTEXT,
+    epilog=_examples(
+        "zconvert lm-eval run --model zconvert --model_args pretrained=./my-run,sampler=mix:0.5 --tasks gsm8k"
+    ),
+)(ui.handled(lm_eval.command))
 app.command("export", epilog=_examples("zconvert export ./my-run --out ./my-tidar-model"))(ui.handled(export.command))
 app.command(
     "run",

@@ -16,9 +16,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the walls are L
 
 SMALL = Limits(seconds=1.0, memory_mb=256, processes=8, output_mb=1)
 RIGHT = "def f(x):\n    return x + 1\n"
-TESTS = "assert f(1) == 2"
-# What each of the two walls does alone; both together are the default.
+TESTS = "seen = f(1)\nassert seen == 2\nseen = 0"
+# What each of the two walls does alone; both together are the default. Limits and the end of all children need neither.
 WALLS = {"both": {}, "kernel": {"guard": False}, "guard": {"namespaces": False}}
+NEITHER = {"guard": False, "namespaces": False}
 
 HOSTILE = {
     "a fork bomb": "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass",
@@ -27,12 +28,11 @@ HOSTILE = {
     "10 GB by and by": "held = []\nwhile True: held.append(bytearray(2 ** 20))",
     "writing outside": "open(OUTSIDE, 'w').write('here')",
     "removing what is outside": "import os\nos.remove(KEPT)",
-    "reading the parent's environment": (
-        "import os\n"
-        "for pid in [p for p in os.listdir('/proc') if p.isdigit()]:\n"
-        "    if b'ZCONVERT_SECRET' in open(f'/proc/{pid}/environ', 'rb').read():\n"
-        "        open(OUTSIDE, 'wb').write(b'found')\n"
-        "assert 'ZCONVERT_SECRET' in os.environ"
+    "looking into the environment": "import os\nassert 'ZCONVERT_SECRET' in os.environ",
+    "reading the environments of others": (
+        "import os\nfound = False\nfor pid in [p for p in os.listdir('/proc') if p.isdigit()]:\n"
+        "    try: found |= b'ZCONVERT_SECRET' in open(f'/proc/{pid}/environ', 'rb').read()\n"
+        "    except OSError: pass\nassert found"
     ),
     "killing the parent": "import os\nos.kill(os.getppid(), 9)\nos.kill(PARENT, 9)\nraise SystemExit",
     "killing everybody": "import os\nos.kill(-1, 9)",
@@ -55,12 +55,16 @@ HOSTILE = {
         "import builtins\nbuiltins.AssertionError = type('A', (BaseException,), {})\n"
         "builtins.abs = builtins.isinstance = lambda *a: True\ndef f(x): return 7"
     ),
+    "built-ins of its own for whoever runs beside it": (
+        "import builtins\n__builtins__ = {**vars(builtins), 'abs': lambda x: 0}\ndef f(x): return 7"
+    ),
     "a result that equals everything": "class All:\n    def __eq__(self, other): return True\ndef f(x): return All()",
     "a number that equals everything": "f = lambda x: type('I', (int,), {'__eq__': lambda s, o: True})(7)",
     "such a result in a list": "class All:\n    def __eq__(self, other): return True\ndef f(x): return [All()]",
     "a tracer that skips tests": (
-        "import sys\ndef trace(frame, event, arg):\n    if frame.f_code.co_filename == '<tests>':\n"
-        "        frame.f_lineno += 1\n    return trace\nsys.settrace(trace)\ndef f(x): return 7"
+        "import sys\ndef trace(frame, event, arg):\n"
+        "    if frame.f_code.co_filename == '<tests>' and event == 'line' and frame.f_lineno == 2:\n"
+        "        frame.f_lineno = 3\n    return trace\nsys.settrace(trace)\ndef f(x): return 7"
     ),
     "a background child": (
         "import subprocess, sys\n"
@@ -74,7 +78,13 @@ HOSTILE = {
     "a crash": "import ctypes\nctypes.string_at(0)",
 }
 HARMLESS_AFTERWARDS = {"closing descriptors", "huge output that is not minded", "a background child"}
-HARMLESS_AFTERWARDS |= {"a child that forks twice", "the network", "removing what is outside", "writing outside"}
+HARMLESS_AFTERWARDS |= {
+    "reading the parent's environment",
+    "a child that forks twice",
+    "the network",
+    "removing what is outside",
+    "writing outside",
+}
 """these go on to a right answer: they fail for what they did"""
 
 
@@ -126,16 +136,22 @@ def run(code: str, tests: str = TESTS, **walls: bool) -> Outcome:
 def test_a_hostile_sample_fails_and_the_host_is_unharmed(what: str, walls: str, host: dict[str, object]) -> None:
     names = "".join(f"{name} = {value!r}\n" for name, value in host.items())
     answer = RIGHT if what in HARMLESS_AFTERWARDS else ""
-    tests = "assert f(1) == [2]" if "list" in what else TESTS
+    tests = {"such a result in a list": "assert f(1) == [2]"}.get(what, TESTS)
+    tests = "assert abs(f(1) - 2) == 0" if "built-ins" in what else tests
     outcome = run(names + HOSTILE[what] + "\n" + answer, tests, **WALLS[walls])
     assert not outcome.passed
     if walls == "both":
         assert run(RIGHT).passed, "the next sample is affected"
 
 
+@pytest.mark.parametrize("what", ["an endless loop", "10 GB", "a background child", "a child that forks twice"])
+def test_without_walls_there_are_limits_and_no_child_lives_on(what: str, host: dict[str, object]) -> None:
+    assert not run(HOSTILE[what] + "\n" + RIGHT, **NEITHER).passed
+
+
 @pytest.mark.parametrize("walls", [*WALLS, "neither"])
 def test_samples_are_judged_by_their_tests(walls: str) -> None:
-    options = WALLS.get(walls, {"guard": False, "namespaces": False})
+    options = WALLS.get(walls, NEITHER)
     assert run(RIGHT, **options).passed
     assert run(RIGHT.replace("1", "2"), **options).reason == "wrong"
     assert run("def f(x) return", **options).reason == "error"

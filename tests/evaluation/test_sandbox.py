@@ -79,7 +79,8 @@ HOSTILE = {
 }
 HARMLESS_AFTERWARDS = {"closing descriptors", "huge output that is not minded", "a background child"}
 HARMLESS_AFTERWARDS |= {
-    "reading the parent's environment",
+    "looking into the environment",
+    "reading the environments of others",
     "a child that forks twice",
     "the network",
     "removing what is outside",

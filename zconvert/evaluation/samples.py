@@ -20,8 +20,8 @@ from zconvert.errors import UserError
 
 SETTINGS_FILE = "settings.json"
 RESULTS_FILE = "results.json"
-FREE = ("tasks", "columns", "n", "k", "batch_size", "margin", "device", "device_name", "threads", "limit")
-"""settings that may differ when an evaluation goes on: they change what there is more of, or how fast it comes"""
+FREE = ("tasks", "columns", "n", "k", "margin")
+"""settings that may differ when an evaluation goes on; batch size and machine may not, since speeds would be mixed"""
 
 Sample = dict[str, Any]
 Key = tuple[str, int]
@@ -138,7 +138,7 @@ def go_on_with(folder: Path, settings: dict[str, Any]) -> None:
             raise UserError(
                 f"{folder} has an evaluation with other settings",
                 found="\n".join(changed),
-                expected="the settings it began with; n, k, tasks, samplers and batch size may change",
+                expected="the settings it began with; n, k, tasks and samplers may change",
                 fix="choose another --out, or remove that folder",
             )
     write_json(folder / SETTINGS_FILE, settings)

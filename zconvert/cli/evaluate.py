@@ -131,7 +131,7 @@ def score(
     allow_code_exec: AllowCodeExec = False,
     as_json: options.Json = False,
 ) -> None:
-    """Score the samples of an evaluation again, by its tasks as they are now."""
+    """Score the samples of an evaluation anew, as its task files say now."""
     from zconvert.evaluation.evaluate import rescore
 
     with progress_bars() as tell:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from tests.checkpoint.tiny import make_checkpoint
+from tests.evaluation.rows import HUMANEVAL, write_rows
 from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.load import load_model, prompt_ids
 from zconvert.checkpoint.source import resolve
@@ -361,3 +363,33 @@ def test_a_plan_is_checked_before_it_is_used() -> None:
     with pytest.raises(ValueError, match="no sampler"):
         Plan(["gsm8k"], samplers=["x"])
     assert torch.is_inference_mode_enabled() is False
+
+
+def test_programs_are_sampled_run_and_scored_with_leave(folder: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path, [{**row, "prompt": "def f ten"} for row in HUMANEVAL[:2]])
+    options = ("--samplers", "ar", "--limit", 2, "--max-new-tokens", 5)
+    alone = run(folder, tmp_path / "out", *options, "--no-score", tasks=f"humaneval={rows}")
+    assert (alone.exit_code, alone.stdout.strip()) == (0, str(tmp_path / "out" / "samples"))
+    document = evaluated(folder, tmp_path / "out", *options, "--allow-code-exec", tasks=f"humaneval={rows}")
+    entry = document["tasks"]["humaneval"]["columns"]["ar"]
+    assert (entry["pass@1"], entry["reasons"]) == (0.0, {"error": 2})
+    assert [s["task_id"] for s in lines(tmp_path / "out" / "samples" / "humaneval" / "ar.jsonl")] == [
+        "HumanEval/0",
+        "HumanEval/1",
+    ]
+
+
+LOOK = (
+    "<script>onload = () => document.title = [...document.images].map(i => i.naturalWidth > 100 && i.complete)</script>"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_a_browser_draws_every_picture_and_has_nothing_to_complain(done: tuple[Path, dict[str, Any]]) -> None:
+    page = done[0] / "looked_at.html"
+    page.write_text((done[0] / "report.html").read_text().replace("</body>", f"{LOOK}</body>"))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    seen = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    assert "<title>true,true</title>" in seen.stdout
+    assert "CONSOLE" not in seen.stderr

@@ -27,8 +27,9 @@ ALLOWED = {
     "page": {"errors", "checkpoint.folder"},
     "planning": LEAVES | {"checkpoint"},
     "training": LIBRARY,
-    "evaluation": LIBRARY,
-    "cli": LIBRARY | {"training", "evaluation"},
+    "serving": LIBRARY,
+    "evaluation": LIBRARY | {"serving"},
+    "cli": LIBRARY | {"training", "serving", "evaluation"},
 }
 """what each part of the package may import of the rest (itself always, the version number always)"""
 

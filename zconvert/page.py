@@ -20,6 +20,16 @@ _STYLE = (
 )
 
 
+def require_drawing() -> None:
+    """Raises a `UserError` where matplotlib is not installed."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "drawing needs matplotlib", found=error, fix="pip install matplotlib, or zconvert with the extra `report`"
+        ) from error
+
+
 def png(draw: Callable[[Any], bool], size: tuple[float, float] = (8, 4)) -> bytes | None:
     """A figure as PNG.
 
@@ -33,12 +43,9 @@ def png(draw: Callable[[Any], bool], size: tuple[float, float] = (8, 4)) -> byte
     Raises:
         UserError: no matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(
-            "drawing needs matplotlib", found=error, fix="pip install matplotlib, or zconvert with the extra `report`"
-        ) from error
+    require_drawing()
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=size, layout="constrained")  # on its own, without a window system
     if not draw(figure):
         return None

@@ -43,7 +43,7 @@ def command(
     temperature: Annotated[
         float | None, typer.Option(min=0.0, help="0: greedy. Default: 0 for one sample of a problem, else 0.8.")
     ] = None,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest of this total.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total.")] = 1.0,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Problems of each task, from the start; all if not given.")
     ] = None,
@@ -90,6 +90,8 @@ def command(
 
         samples = n or max(ks)
         heat = temperature if temperature is not None else 0.8 if samples > 1 else 0.0
+        if not 0 < top_p <= 1:
+            raise typer.BadParameter(f"{top_p:g} is not more than 0 and at most 1", param_hint="--top-p")
         plan = Plan(
             tasks=names,
             samplers=chosen,
@@ -105,6 +107,7 @@ def command(
             proposals=counts,
             block_size=block_size,
         )
+        plan.decoding(settings)
         loaded = _load(checkpoint, revision, token, str(dtype), str(device), threads)
         source_model = None if baseline is None else _load(baseline, None, token, str(dtype), str(device), threads)
     folder = output or _default_folder(source)

@@ -15,10 +15,12 @@ from zconvert.errors import UserError
 from zconvert.evaluation import samples, scoring
 from zconvert.evaluation.report import write_report
 from zconvert.evaluation.results import check_k, write_results
-from zconvert.evaluation.samplers import sampler_weights
-from zconvert.evaluation.sampling import Progress, ask, columns_of, make_samples
+from zconvert.evaluation.samplers import BASELINE, sampler_weights
+from zconvert.evaluation.sampling import Column, Progress, ask, make_samples, plans_of
 from zconvert.evaluation.tasks import Problem, Task, load_task, problems_of
+from zconvert.page import require_drawing
 from zconvert.tidar.acceptance import Sampling
+from zconvert.tidar.decoding import DecodePlan
 from zconvert.tidar.generate import layout_model_of
 from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.settings import TidarSettings
@@ -60,6 +62,21 @@ class Plan:
                 fix="--temperature 0.8, or --n 1 and --k 1",
             )
 
+    def decoding(self, settings: TidarSettings, eos_token_ids: frozenset[int] = frozenset()) -> dict[str, DecodePlan]:
+        """Sampler → how it decodes a checkpoint with these settings.
+
+        Raises:
+            UserError: it was not trained for that.
+        """
+        return plans_of(
+            settings,
+            sampler_weights(self.samplers),
+            self.sampling,
+            eos_token_ids,
+            proposals=self.proposals,
+            block_size=self.block_size,
+        )
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -100,10 +117,10 @@ def evaluate(
 
     Raises:
         UserError: a task, an option or the folder does not fit.
-        ValueError: a setting that the checkpoint was not trained for.
     """
     tasks = [load_task(name) for name in plan.tasks]
     if with_scores:
+        require_drawing()
         scoring.require_scorable(tasks, allow_code_exec=allow_code_exec)
     positions = getattr(checkpoint.model.config.get_text_config(), "max_position_embeddings", None)
     asked = [
@@ -117,16 +134,12 @@ def evaluate(
         )
         for task in tasks
     ]
-    columns = columns_of(
-        layout_model_of(checkpoint.model),
-        settings,
-        sampler_weights(plan.samplers),
-        plan.sampling,
-        end_token_ids(checkpoint.model, checkpoint.tokenizer),
-        baseline=None if baseline is None else LayoutModel(baseline.model),
-        proposals=plan.proposals,
-        block_size=plan.block_size,
-    )
+    eos = end_token_ids(checkpoint.model, checkpoint.tokenizer)
+    model = layout_model_of(checkpoint.model)
+    columns = [Column(name, model, how) for name, how in plan.decoding(settings, eos).items()]
+    if baseline is not None:
+        ar = DecodePlan.autoregressive(settings.mask_token_id, plan.sampling, eos)
+        columns.insert(0, Column(BASELINE, LayoutModel(baseline.model), ar))
     about = _about(plan, settings, checkpoint, baseline)
     told = {task.name: _told(task, argument, plan) for task, argument in zip(tasks, plan.tasks, strict=True)}
     samples.go_on_with(folder, {**about, "columns": [column.name for column in columns], "tasks": told})

@@ -21,7 +21,7 @@ from torch import Tensor
 from zconvert.checkpoint.load import end_token_ids, load_model
 from zconvert.checkpoint.source import require_converted, resolve
 from zconvert.evaluation.samplers import sampler_weights
-from zconvert.evaluation.sampling import StopAt, columns_of
+from zconvert.evaluation.sampling import StopAt, plans_of
 from zconvert.tidar.acceptance import Sampling
 from zconvert.tidar.decoding import Request
 from zconvert.tidar.engine import Engine, run
@@ -63,17 +63,9 @@ class ZconvertLM(HFLM):
         model, tokenizer = load_model(source, dtype=dtype, device=device or "auto")
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, **kwargs)
         self._seed = seed
-        weights = sampler_weights([sampler])
-        (self._column,) = columns_of(
-            layout_model_of(model),
-            settings,
-            weights,
-            Sampling(),
-            end_token_ids(model, tokenizer),
-            block_size=block_size,
-        )
-        (weight,) = weights.values()
-        self._mix_weight = 1.0 if weight is None else weight
+        eos = end_token_ids(model, tokenizer)
+        (self._plan,) = plans_of(settings, sampler_weights([sampler]), Sampling(), eos, block_size=block_size).values()
+        self._layout_model = layout_model_of(model)
 
     def _model_generate(
         self, context: Tensor, max_length: int, stop: Sequence[str], **generation_kwargs: Any
@@ -87,7 +79,7 @@ class ZconvertLM(HFLM):
             Request(prompt, budget, sampling, self._seed + row, stop=StopAt(self.tokenizer, prompt, stop), key=row)
             for row, prompt in enumerate(prompts)
         ]
-        engine = Engine(self._column.model, self._column.plan, max_batch=len(requests))
+        engine = Engine(self._layout_model, self._plan, max_batch=len(requests))
         texts = {result.request.key: result.tokens for result in run(engine, requests)}
         width = max(map(len, texts.values()))
         pad = self.tokenizer.pad_token_id
@@ -102,7 +94,7 @@ class ZconvertLM(HFLM):
         top_k, top_p = options.pop("top_k", None) or 0, options.pop("top_p", None) or 1.0
         if options:
             raise ValueError(f"generation options {', '.join(options)} are not known to the model zconvert")
-        return Sampling(temperature, top_k, top_p, mix_weight=self._mix_weight)
+        return Sampling(temperature, top_k, top_p, mix_weight=self._plan.sampling.mix_weight)
 
 
 def main(arguments: Sequence[str]) -> None:

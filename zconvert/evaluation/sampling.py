@@ -12,7 +12,6 @@ from typing import Any
 from zconvert.checkpoint.load import prompt_ids
 from zconvert.errors import UserError
 from zconvert.evaluation.answers import cut
-from zconvert.evaluation.samplers import BASELINE
 from zconvert.evaluation.samples import Key, append, key_of, open_to_append, read_lines, samples_file
 from zconvert.evaluation.tasks import Problem, Task, prompt_text
 from zconvert.tidar.acceptance import Sampling
@@ -47,41 +46,41 @@ class Column:
     plan: DecodePlan
 
 
-def columns_of(
-    model: LayoutModel,
+def plans_of(
     settings: TidarSettings,
     weights: dict[str, float | None],
     sampling: Sampling,
-    eos_token_ids: frozenset[int],
+    eos_token_ids: frozenset[int] = frozenset(),
     *,
-    baseline: LayoutModel | None = None,
     proposals: tuple[int, ...] | None = None,
     block_size: int | None = None,
-) -> list[Column]:
-    """The columns of an evaluation, the baseline first.
+) -> dict[str, DecodePlan]:
+    """How each sampler decodes.
 
     Args:
-        model: of the checkpoint.
         settings: the checkpoint's.
         weights: `sampler_weights`.
         sampling: temperature and cut-offs, the same for all.
         eos_token_ids: tokens that end a text.
-        baseline: the source, decoded by plain AR; None: no such column.
         proposals: accepted counts that get a block of mask slots; None: the checkpoint's.
         block_size: tokens a forward can yield at most; None: the checkpoint's.
 
     Raises:
-        ValueError: a setting that the checkpoint was not trained for.
+        UserError: a setting that the checkpoint was not trained for.
     """
-    ar = DecodePlan.autoregressive(settings.mask_token_id, sampling, eos_token_ids)
-    columns = [] if baseline is None else [Column(BASELINE, baseline, ar)]
-    for name, weight in weights.items():
-        plan = ar
-        if weight is not None:
-            mixed = replace(sampling, mix_weight=weight)
-            plan = DecodePlan.tidar(settings, mixed, eos_token_ids, proposals=proposals, block_size=block_size)
-        columns.append(Column(name, model, plan))
-    return columns
+    plans = {}
+    try:
+        for name, weight in weights.items():
+            if weight is None:
+                plans[name] = DecodePlan.autoregressive(settings.mask_token_id, sampling, eos_token_ids)
+            else:
+                mixed = replace(sampling, mix_weight=weight)
+                plans[name] = DecodePlan.tidar(
+                    settings, mixed, eos_token_ids, proposals=proposals, block_size=block_size
+                )
+    except ValueError as error:
+        raise UserError(f"these options cannot work: {error}", fix="see `zconvert evaluate --help`") from error
+    return plans
 
 
 @dataclass(frozen=True)

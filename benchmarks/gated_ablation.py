@@ -122,7 +122,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
             *("--baseline", args.base, "--json"),
         )[0]
     )
-    lossless = bench["results"]["lossless"]
+    lossless = next(entry for entry in bench["results"] if entry["sampler"] == "lossless")
     return {
         "tokens_per_forward": lossless["tokens_per_forward"],
         "speedup": lossless["speedup"],

@@ -184,6 +184,11 @@ def slot_rates(
     return tuple(rates)
 
 
+def rates_of_histogram(histogram: Mapping[str, int], block_size: int) -> tuple[float, ...]:
+    """The same from how often how many tokens were accepted (`bench --json`), as if every block had been whole."""
+    return slot_rates({(1, block_size - 1, int(n)): count for n, count in histogram.items()}, block_size)
+
+
 @dataclass(frozen=True)
 class Option:
     """A plan and what it yields, whatever the machine."""

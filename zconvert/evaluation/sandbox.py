@@ -20,7 +20,7 @@ from typing import Any
 from zconvert.errors import UserError
 
 _CELL = Path(__file__).with_name("sandbox_cell.py")
-_GRACE = 5.0
+_GRACE = 20.0
 """seconds beyond the sample's own for starting, judging and cleaning up"""
 _numbers = itertools.count(os.getpid())
 

@@ -48,11 +48,13 @@ def main() -> None:
         return
     _on_linux(_PR_SET_PDEATHSIG, signal.SIGKILL)
     _on_linux(_PR_SET_DUMPABLE, 0)
-    if held.get("processes"):
+    alone = os.getpid() == 1  # the first of a namespace of processes, of which nothing outlives it
+    if alone:
+        # Where a container forbids this, the host's processes can be seen still, though not be signalled.
         held["processes"] = _mount("proc", "/proc", "proc", 14)
-    if not held.get("processes"):
+    else:
         _on_linux(_PR_SET_CHILD_SUBREAPER, 1)
-    verdict = _judge(job, bool(held.get("processes")))
+    verdict = _judge(job, alone)
     os.write(1, json.dumps({**verdict, "held": [name for name, holds in held.items() if holds]}).encode())
     os._exit(0)
 
@@ -87,16 +89,15 @@ def _isolate(job: Job) -> dict[str, bool]:
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
         job["own_user_namespace"] = True
-    private = _mount("none", "/", None, _MS_PRIVATE_REC)
+    if not _mount("none", "/", None, _MS_PRIVATE_REC):
+        raise OSError("mounts cannot be kept from the host")  # whose /proc the next ones would change
     read_only = (ctypes.c_uint64 * 4)(1, 0, 0, 0)  # struct mount_attr: set MOUNT_ATTR_RDONLY
     here = os.getcwd()
-    files = (
-        private
-        and libc.syscall(_MOUNT_SETATTR, -100, b"/", 0x8000, ctypes.byref(read_only), 32) == 0
-        and _mount("tmpfs", here, "tmpfs", _MS_NOSUID_NODEV, f"size={job['limits']['disk']},mode=0777")
+    files = libc.syscall(_MOUNT_SETATTR, -100, b"/", 0x8000, ctypes.byref(read_only), 32) == 0 and _mount(
+        "tmpfs", here, "tmpfs", _MS_NOSUID_NODEV, f"size={job['limits']['disk']},mode=0777"
     )
     os.chdir(here)
-    return {"processes": private, "network": True, "files": files}
+    return {"network": True, "files": files}
 
 
 def _drop_privileges(job: Job) -> None:

@@ -291,7 +291,10 @@ def test_the_table_fits_80_columns_and_says_what_was_found(folder: Path, done: t
     result = run(folder, done[0], *options)
     assert result.exit_code == 0, result.stderr
     assert max(map(len, result.stdout.split("\n")[:-2])) <= 80
-    assert "AR against source (AR): too few samples to tell" in " ".join(result.stdout.split())
+    shown = " ".join(result.stdout.split())
+    assert "AR against source (AR): too few samples to tell" in shown
+    columns = done[1]["tasks"]["words"]["columns"]
+    assert f"lossless: {columns['lossless']['cut_off']:.1%} cut off by the length" in shown
 
 
 def test_results_go_where_export_looks_for_them(folder: Path, tmp_path: Path) -> None:

@@ -148,14 +148,14 @@ def score(
 
 def show(results: Mapping[str, Any]) -> None:
     """Prints results for people, in 80 columns."""
-    from zconvert.evaluation.report import column_label, sentences
+    from zconvert.evaluation.report import column_label, faults, sentences
 
     ks = [f"pass@{k}" for k in results["k"]]
     for task, told in results["tasks"].items():
         out.print(Text(f"{task}: {told['problems']} problems, {results['n']} samples each", style="bold"))
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         table.add_column("", overflow="fold", max_width=24)
-        for name in (*(f"{k}, %" for k in ks), "tokens per\nforward", "tokens/s", "cut\noff", "loops"):
+        for name in (*(f"{k}, %" for k in ks), "tokens per\nforward", "tokens/s", "tokens\neach"):
             table.add_column(name, justify="right", no_wrap=True)
         for name, entry in told["columns"].items():
             table.add_row(
@@ -163,11 +163,10 @@ def show(results: Mapping[str, Any]) -> None:
                 *(f"{100 * entry[k]:.1f}" for k in ks),
                 f"{entry['tokens_per_forward']:.2f}",
                 f"{entry['tokens_per_second']:,.1f}",
-                f"{entry['cut_off']:.0%}",
-                f"{entry['looping']:.0%}",
+                f"{entry['mean_tokens']:,.0f}",
             )
         out.print(table)
-        for sentence in sentences(results, task):
+        for sentence in (*faults(results, task), *sentences(results, task)):
             out.print(Text(f"- {sentence}"))
         out.print()
 

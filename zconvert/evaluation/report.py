@@ -72,6 +72,17 @@ def sentences(results: Mapping[str, Any], task: str) -> list[str]:
     return found
 
 
+def faults(results: Mapping[str, Any], task: str) -> list[str]:
+    """What went wrong with the texts of a task's columns, in words; nothing where nothing did."""
+    found = []
+    for name, entry in results["tasks"][task]["columns"].items():
+        shares = (("cut_off", "cut off by the length"), ("without_answer", "no answer found"), ("looping", "looping"))
+        told = [f"{entry[key]:.1%} {words}" for key, words in shares if entry[key]]
+        if told:
+            found.append(f"{column_label(name, results)}: {', '.join(told)}")
+    return found
+
+
 def _panels(figure: Any, results: Mapping[str, Any], rows: int, draw: Any) -> bool:
     tasks = list(results["tasks"])
     across = min(len(tasks), _PANELS_IN_A_ROW)

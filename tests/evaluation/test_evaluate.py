@@ -151,7 +151,7 @@ def test_samples_depend_on_their_seed_alone(folder: Path, tmp_path: Path, done: 
     evaluated(folder, tmp_path / "few", "--n", 2, "--batch-size", 1, "--limit", 2, "--temperature", 0.8)
     few = texts(tmp_path / "few", "lossless")
     assert few == {key: text for key, text in texts(done[0], "lossless").items() if key in few}
-    assert len(few) == 4
+    assert len(set(few.values())) == len(few) == 4
     evaluated(folder, tmp_path / "other", "--n", 2, "--limit", 2, "--seed", 1)
     assert texts(tmp_path / "other", "lossless") != few
 
@@ -179,6 +179,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
     document = evaluated(folder, out, *options)
     for column in ("baseline", "ar", "lossless", "mix-0.5"):
         assert texts(out, column) == texts(done[0], column)
+        assert len(lines(out / "samples" / "words" / f"{column}.jsonl")) == 12, "some were made twice"
     shares = ("pass@1", "interval", "tokens_per_forward", "mean_tokens", "cut_off", "difference")
     for column, entry in document["tasks"]["words"]["columns"].items():
         assert {key: entry[key] for key in shares} == {
@@ -226,6 +227,15 @@ def test_rows_that_changed_under_samples_are_refused(folder: Path, tmp_path: Pat
     write_task(tmp_path / "words.yaml", [{"q": "ten men", "a": "a"}])
     result = run(folder, tmp_path / "out", tasks=task)
     assert (result.exit_code, "was asked otherwise" in " ".join(result.stderr.split())) == (1, True)
+
+
+def test_an_answer_ends_at_a_stop_text_in_every_column(folder: Path, tmp_path: Path) -> None:
+    task = str(write_task(tmp_path / "words.yaml", ROWS, TASK.replace('["zq"]', "[t, e]")))
+    evaluated(folder, tmp_path / "out", "--n", 3, "--max-new-tokens", 40, tasks=task)
+    for column in ("ar", "lossless"):
+        samples = lines(tmp_path / "out" / "samples" / "words" / f"{column}.jsonl")
+        assert {"stop"} <= {sample["finish"] for sample in samples} <= {"stop", "eos", "length"}
+        assert not any(stop in sample["completion"] for sample in samples for stop in "te")
 
 
 def test_scoring_is_repeated_by_the_task_as_it_is_now(folder: Path, tmp_path: Path) -> None:

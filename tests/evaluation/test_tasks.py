@@ -101,14 +101,15 @@ def test_contest_programs_are_judged_by_public_and_hidden_cases(tmp_path: Path) 
     assert scores[0]["detail"] == "case 2 of 2: 4\n"
 
 
-def test_hidden_cases_cannot_run_code() -> None:
+def test_hidden_cases_cannot_run_code(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> Any:
-            return print, ("run",)
+            return open, (str(tmp_path / "ran"), "w")
 
     task = load_task("livecodebench")
     row = {**ROWS["livecodebench"][1], "private_test_cases": packed(Evil())}
     assert program_of(task, row, "").cases == ((CALLS[0]["input"], CALLS[0]["output"]),)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_template_reaches_into_mappings_and_json_and_leaves_other_braces_alone() -> None:

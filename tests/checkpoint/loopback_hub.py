@@ -100,9 +100,9 @@ class _Handler(BaseHTTPRequestHandler):
         if api and rest[:1] in ([], ["revision"]):
             return self._json({"id": name, "sha": COMMIT, "siblings": [{"rfilename": path} for path in files]})
         if api and rest[:1] == ["tree"]:
-            recursive = "recursive=true" in self.path.lower()
-            listed = [_entry(path, p) for path, p in files.items() if recursive or "/" not in path]
-            return self._json(listed if len(rest) == 2 else [])
+            recursive, parent = "recursive=true" in self.path.lower(), "".join(f"{part}/" for part in rest[2:])
+            under = {path: p for path, p in files.items() if path.startswith(parent)}
+            return self._json([_entry(n, p) for n, p in under.items() if recursive or "/" not in n[len(parent) :]])
         if api and rest[:1] == ["paths-info"]:
             wanted = (form or {}).get("paths", [])
             wanted = [wanted] if isinstance(wanted, str) else wanted

@@ -7,9 +7,9 @@ Each row converts, trains and decodes by the commands that a user types, in proc
 are those of lossless greedy decoding; `source` counts the prompts whose text is the source's. Rows that `--out` holds
 already are kept: started again, it goes on.
 
-`--costs` measures what a step costs instead, all rows in turn, each in a process of its own, twice: the CPU time of the
-process on one thread, which another job on the machine lengthens little, as the best of windows of ten steps; and the
-peak of its memory.
+`--costs` measures what a step costs instead, all rows in turn, each in a process of its own: the CPU time of the process
+on one thread, which another job on the machine lengthens little, as the best of windows of ten steps; and the peak of
+its memory. Called again, it adds a round.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="JSONL to train on")
     parser.add_argument("--prompts", type=Path, required=True, help="JSONL of held-out prompts")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--rows", type=int, default=8, help="rows a step")
     parser.add_argument("--length", type=int, default=192, help="clean tokens a row")
     parser.add_argument("--block-size", type=int, default=16)
@@ -95,7 +95,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     names = [name for name in ROWS if not args.only or any(part in name for part in args.only)]
-    for name in 2 * names if args.costs else names:
+    for name in names:
         path = result_path(args.out, name)
         figures = json.loads(path.read_text()) if path.exists() else {}
         if args.costs or "steps" not in figures:

@@ -28,7 +28,7 @@ GATED_FILE = "tidar/gated.safetensors"
 class GatedParts:
     """Weights that act at mask slots only: which parts there are, and how large (gated.py has them)."""
 
-    rank: int = 16
+    rank: int = 32
     """of the low-rank updates of attention projections; 0: none"""
     mlp: str = "replace"
     """what the diffusion expert does at a mixture-of-experts block: replace the routed experts, add to them, or none.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,15 @@ def config_alone(tmp_path: Path, config: dict[str, Any]) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def test_a_small_model_has_figures_above_nought_and_time_in_seconds(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", "qwen3_moe")
+    convert_init(resolve(source), tmp_path / "init", block_size=8, gated=GatedParts(rank=4))
+    (tmp_path / "midtrain.yaml").write_text(RECIPE.format(base=tmp_path / "init"))
+    shown = run(tmp_path / "midtrain.yaml", "--gpu", "cpu", "--gpus", 1).stdout
+    assert not re.search(r"total +│ +0\.0+ of|: 0(\.0+)? of", shown)
+    assert re.search(r"time +│ +\d+ seconds", shown)
 
 
 def test_a_recipe_names_the_stage_and_may_name_the_checkpoint(tmp_path: Path) -> None:

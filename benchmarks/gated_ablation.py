@@ -7,9 +7,9 @@ Each row converts, trains and decodes by the commands that a user types, in proc
 are those of lossless greedy decoding; `source` counts the prompts whose text is the source's. Rows that `--out` holds
 already are kept: started again, it goes on.
 
-`--costs` measures what a step costs instead, all rows in turn, each in a process of its own: the CPU time of the process
-on one thread, which another job on the machine lengthens little, as the best of windows of ten steps; and the peak of
-its memory. Called again, it adds a round.
+`--costs` measures what a step costs instead, all rows in turn, each in a process of its own: the process's CPU time on
+one thread, which another job on the machine lengthens little, as the best of windows of ten steps; and the peak of its
+memory. Called again, it adds a round.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ from zconvert.planning.plan import (
     BATCHES,
     CONTEXTS,
     count_of,
-    duration_of,
     document_of,
+    duration_of,
     explain,
     plan_stage,
     speed_map,
@@ -292,6 +292,9 @@ def show(document: dict[str, Any], cells: list[Cell]) -> None:
     )
     for stage in document["stages"]:
         out.print()
+        if stage["gated"] is not None:
+            trained, parts = count_of(stage["trained_parameters"]), GatedParts(**stage["gated"]).described()
+            out.print(Text(f"Beside the frozen source {trained} weights are trained: {parts}."))
         out.print(_stage_table(stage))
         _show_rejected(stage["rejected"])
     for mode, title in MODES.items():

@@ -229,6 +229,8 @@ def _stage_dict(model: ModelFacts, stage: StagePlan, machine: Machine) -> dict[s
     return {
         "stage": work.stage,
         "mode": "full" if work.gated is None else "gated",
+        "gated": None if work.gated is None else asdict(work.gated),
+        "trained_parameters": model.total if work.gated is None else model.gated_parameters(work.gated),
         "sequence_len": work.sequence_len,
         "micro_batch_size": work.micro_batch_size,
         "gradient_accumulation_steps": work.gradient_accumulation_steps,

@@ -18,7 +18,8 @@ from zconvert.checkpoint.load import load_model
 from zconvert.checkpoint.source import Source, require_converted, resolve
 from zconvert.checkpoint.weights import save_gated, save_trained
 from zconvert.tidar.acceptance import Sampling
-from zconvert.tidar.decoding import DecodePlan, decode
+from zconvert.tidar.decoding import DecodePlan
+from zconvert.tidar.engine import decode
 from zconvert.tidar.families import FAMILIES
 from zconvert.tidar.generate import layout_model_of, settings_of
 from zconvert.tidar.model import LayoutModel

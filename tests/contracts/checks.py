@@ -146,7 +146,7 @@ def cached_steps_differ(
     cache.commit(prompt)
     for step, count in enumerate(accepted):
         causal = random_ids((BLOCK,), seed=7 + step)
-        layout = layouts.decode_layout(cache.committed, BLOCK, proposals, BLOCK)
+        layout = layouts.decode_layout(cache.get_seq_length(), BLOCK, proposals, BLOCK)
         worst = max(worst, _step_differs(pair, cache, layout, text, causal, proposals))
         cache.commit(count)
         text = torch.cat([text, causal[:count]])

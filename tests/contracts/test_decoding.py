@@ -11,7 +11,8 @@ from tests.contracts.checks import BLOCK
 from tests.contracts.models import MASK, Pair, make_model, pair_of, shared_random_pair
 from tests.contracts.training import trained_pair
 from zconvert.tidar.acceptance import Sampling
-from zconvert.tidar.decoding import DecodePlan, Step, decode
+from zconvert.tidar.decoding import DecodePlan, Step
+from zconvert.tidar.engine import decode
 from zconvert.tidar.settings import TidarSettings
 
 SETTINGS = TidarSettings(BLOCK, MASK)

@@ -16,7 +16,8 @@ from tests.contracts.models import MASK, Pair, random_ids
 from tests.contracts.reference import causal_logits
 from zconvert.tidar import decoding
 from zconvert.tidar.acceptance import Drafts, Sampling
-from zconvert.tidar.decoding import DecodePlan, decode
+from zconvert.tidar.decoding import DecodePlan
+from zconvert.tidar.engine import decode
 from zconvert.tidar.families import COMPOSITES, FAMILIES
 from zconvert.tidar.settings import TidarSettings
 

@@ -12,7 +12,8 @@ from tests.contracts.models import MASK, Pair, pair_of, random_ids
 from tests.contracts.training import CYCLE, circular_texts, trained_pair
 from zconvert.tidar.acceptance import Sampling
 from zconvert.tidar.cache import GROWTH
-from zconvert.tidar.decoding import DecodePlan, Step, decode
+from zconvert.tidar.decoding import DecodePlan, Step
+from zconvert.tidar.engine import decode
 from zconvert.tidar.settings import TidarSettings
 
 NEW_TOKENS = 20

@@ -150,7 +150,7 @@ RIGHT_UPDATE = TidarCache.update
 def commit_shifted(shift: int) -> Callable[[Patch], None]:
     def wrong(cache: TidarCache, count: int) -> None:
         RIGHT_COMMIT(cache, count)
-        cache.committed += shift
+        cache._lengths = [length + shift for length in cache._lengths]
 
     return lambda patch: patch.setattr(TidarCache, "commit", wrong)
 
@@ -164,7 +164,7 @@ def scratch_kept(patch: Patch) -> None:
         old = None if held[0] is None else tuple(t.clone() for t in held)
         all_keys, all_values = RIGHT_UPDATE(cache, keys, values, layer)
         if old is not None:
-            kept = slice(cache.committed, min(written[layer], all_keys.shape[2]))
+            kept = slice(cache.get_seq_length(), min(written[layer], all_keys.shape[2]))
             all_keys[:, :, kept], all_values[:, :, kept] = old[0][:, :, kept], old[1][:, :, kept]
         written[layer] = max(written.get(layer, 0), all_keys.shape[2])
         return all_keys, all_values

@@ -20,7 +20,8 @@ from tests.contracts.models import Pair, random_pair
 from tests.contracts.reference import causal_logits
 from zconvert.tidar import acceptance
 from zconvert.tidar.acceptance import Drafts, Sampling
-from zconvert.tidar.decoding import DecodePlan, decode
+from zconvert.tidar.decoding import DecodePlan
+from zconvert.tidar.engine import decode
 from zconvert.tidar.settings import TidarSettings
 
 TOKENS = 5
@@ -133,15 +134,19 @@ def test_the_first_three_tokens_have_the_law_of_plain_sampling(configuration: st
 
 def accept_with(
     ratio: Callable[[Tensor, Tensor], Tensor], residual: Callable[[Tensor, Tensor], Tensor]
-) -> Callable[..., tuple[int, Tensor]]:
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """`acceptance.accept` with another acceptance probability or another residual."""
 
-    def accept(p: Tensor, q: Tensor, tokens: Tensor, generator: torch.Generator) -> tuple[int, Tensor]:
-        chosen = tokens.unsqueeze(-1)
-        probability = ratio(p[:-1].gather(-1, chosen), q.gather(-1, chosen)).squeeze(-1)
-        count = int((torch.rand(len(tokens), generator=generator) < probability).cumprod(0).sum())
-        following = residual(p[count], q[count]) if count < len(tokens) else p[count]
-        return count, acceptance.draw(following[None], generator)[0]
+    def accept(p: Tensor, q: Tensor, tokens: Tensor, counts: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        numbers, following = [], []
+        for row, count in enumerate(counts.tolist()):
+            chosen = tokens[row, :count, None]
+            probability = ratio(p[row, :count].gather(-1, chosen), q[row, :count].gather(-1, chosen)).squeeze(-1)
+            number = int((uniform[row, :count] < probability).cumprod(0).sum())
+            numbers.append(number)
+            after = residual(p[row, number], q[row, number]) if number < count else p[row, number]
+            following.append(acceptance.draw(after, uniform[row, -1]))
+        return torch.tensor(numbers), torch.stack(following)
 
     return accept
 
@@ -183,11 +188,11 @@ def test_drafts_that_misreport_what_they_were_drawn_from_fail_the_same_test(monk
     sampling = Sampling(temperature=0.5)
     honest = acceptance.make_drafts
 
-    def dishonest(logits: Tensor, how: Sampling, generator: torch.Generator) -> Drafts:
-        drafts = honest(logits, how, generator)
-        return Drafts(drafts.tokens, logits.softmax(-1), drafts.logits)  # forgets the temperature
+    def dishonest(logits: Tensor, counts: Tensor, how: Sampling, uniform: Tensor) -> Drafts:
+        drafts = honest(logits, counts, how, uniform)
+        return Drafts(drafts.tokens, counts, logits.softmax(-1), drafts.logits)  # forgets the temperature
 
-    monkeypatch.setattr("zconvert.tidar.decoding.make_drafts", dishonest)
+    monkeypatch.setattr("zconvert.tidar.engine.make_drafts", dishonest)
     counts, _ = drawn(tiny_pair(name), sampling, proposals, FEWER_DRAWS)
     assert p_value(counts, exact_law(tiny_pair(name), sampling)) < BROKEN
 
@@ -210,17 +215,22 @@ def test_the_exact_law_adds_up_and_the_test_accepts_its_own_draws() -> None:
 # The rule itself, exactly: no sampling noise at all.
 
 
-def acceptance_probability(p: Tensor, q: Tensor, place: int, token: int, patch: pytest.MonkeyPatch) -> float:
+def accepted_and_following(p: Tensor, q: Tensor, tokens: Tensor, uniform: Tensor) -> tuple[int, int]:
+    """`acceptance.accept` on one row whose drafts all count."""
+    accepted, following = acceptance.accept(p[None], q[None], tokens[None], torch.tensor([len(q)]), uniform[None])
+    return int(accepted), int(following)
+
+
+def acceptance_probability(p: Tensor, q: Tensor, place: int, token: int) -> float:
     """By bisection on the uniform number at one place, 0 (accept) standing at all others."""
     tokens = torch.zeros(len(q), dtype=torch.long)
     tokens[place] = token
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        uniform = torch.zeros(len(q), dtype=torch.double)
+        uniform = torch.zeros(len(q) + 1, dtype=torch.double)
         uniform[place] = middle
-        patch.setattr(torch, "rand", lambda *_, u=uniform, **__: u)
-        accepted, _ = acceptance.accept(p, q, tokens, None)
+        accepted, _ = accepted_and_following(p, q, tokens, uniform)
         low, high = (middle, high) if accepted > place else (low, middle)
     return low
 
@@ -236,13 +246,12 @@ def law_at(p: Tensor, q: Tensor, place: int, patch: pytest.MonkeyPatch) -> Tenso
     patch.setattr(acceptance, "draw", record)
     law = torch.zeros(q.shape[1], dtype=torch.double)
     for token in range(q.shape[1]):
-        accepted = acceptance_probability(p, q, place, token, patch)
-        uniform = torch.zeros(len(q), dtype=torch.double)
+        accepted = acceptance_probability(p, q, place, token)
+        uniform = torch.zeros(len(q) + 1, dtype=torch.double)
         uniform[place] = 1.0  # a rejection, whatever the draft
-        patch.setattr(torch, "rand", lambda *_, u=uniform, **__: u)
         tokens = torch.zeros(len(q), dtype=torch.long)
         tokens[place] = token
-        acceptance.accept(p, q, tokens, None)
+        accepted_and_following(p, q, tokens, uniform)
         law[token] += q[place, token] * accepted
         if accepted < 1 - 1e-9:  # else a rejection cannot happen
             law += q[place, token] * (1 - accepted) * residuals[-1]
@@ -265,9 +274,25 @@ def test_a_draft_that_p_never_gives_is_never_accepted(monkeypatch: pytest.Monkey
     torch.testing.assert_close(law_at(p, q, 0, monkeypatch), p[0], rtol=0, atol=1e-6)
 
 
-def test_where_p_and_q_are_equal_every_draft_is_accepted_and_nothing_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_p_and_q_are_equal_every_draft_is_accepted_and_nothing_breaks() -> None:
     p = torch.tensor([[0.25, 0.75], [0.5, 0.5]])
     for token in (0, 1):
-        assert acceptance_probability(p, p[:1], 0, token, monkeypatch) == pytest.approx(1)
-    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.ones(1))  # no such number is ever drawn
-    assert acceptance.accept(p, p[:1], torch.tensor([1]), torch.Generator())[0] == 0
+        assert acceptance_probability(p, p[:1], 0, token) == pytest.approx(1)
+    # 1 is never drawn; it stands for a rejection that rounding makes
+    assert accepted_and_following(p, p[:1], torch.tensor([1]), torch.tensor([1.0, 0.5]))[0] == 0
+
+
+@pytest.mark.parametrize("size", [3, 50, 4000])
+def test_a_token_is_drawn_by_exactly_its_share_of_the_uniform_numbers(size: int) -> None:
+    probs = torch.randn(size, generator=torch.Generator().manual_seed(size)).mul(3).softmax(-1)
+    probs[size // 2] = 0
+    probs /= probs.sum()
+    edges = torch.cat([torch.zeros(1, dtype=torch.double), probs.double().cumsum(0)])
+    edges /= edges[-1].clone()
+    inside = probs > 1e-8
+    for share in (1e-4, 0.5, 1 - 1e-4):  # just inside, in the middle, just before the end of each token's share
+        numbers = (edges[:-1] + share * (edges[1:] - edges[:-1]))[inside]
+        drawn = acceptance.draw(probs.expand(len(numbers), -1), numbers)
+        assert torch.equal(drawn, torch.arange(size)[inside])
+    ends = acceptance.draw(probs.expand(2, -1), torch.tensor([0.0, 1 - 2**-53], dtype=torch.double))
+    assert (probs[ends] > 0).all()

@@ -7,8 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import RepetitionPenaltyLogitsProcessor
 
-from zconvert.tidar.acceptance import Drafts, Sampling, accept, draw, make_drafts, probabilities, verify
+from zconvert.tidar.acceptance import (
+    Drafts,
+    Sampling,
+    accept,
+    draw,
+    make_drafts,
+    penalised,
+    probabilities,
+    verify,
+)
 
 LOGITS = torch.tensor([[math.log(0.5), math.log(0.3), math.log(0.15), math.log(0.05)]])
 
@@ -27,6 +37,8 @@ def generator(seed: int = 0) -> torch.Generator:
         ({"mix_weight": -0.1}, "mix_weight is -0.1, expected 0 to 1"),
         ({"mix_weight": 1.1}, "mix_weight is 1.1, expected 0 to 1"),
         ({"temperature": math.nan}, "temperature is nan"),
+        ({"min_p": 1.5}, "min_p is 1.5, expected 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0, expected more than 0"),
     ],
 )
 def test_sampling_refuses_what_cannot_be(settings: dict[str, Any], message: str) -> None:
@@ -73,13 +85,12 @@ def test_a_suppressed_token_has_no_probability() -> None:
         assert float(probs.sum()) == pytest.approx(1)
 
 
-def test_draws_follow_the_generator_and_the_probabilities() -> None:
-    probs = torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.0, 0.5]]).repeat(500, 1)
-    drawn = draw(probs, generator()).view(500, 2)
+def test_draws_follow_the_probabilities() -> None:
+    probs = torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.0, 0.5]]).repeat(500, 1).view(500, 2, 3)
+    drawn = draw(probs, torch.rand(500, 2, generator=generator()))
     assert drawn[:, 0].unique().tolist() == [1]
     assert drawn[:, 1].unique().tolist() == [0, 2]
     assert 0.4 < float((drawn[:, 1] == 0).float().mean()) < 0.6
-    assert torch.equal(drawn.flatten(), draw(probs, generator()))
 
 
 def point_logits(*tokens: int) -> torch.Tensor:
@@ -96,36 +107,49 @@ def point_logits(*tokens: int) -> torch.Tensor:
     ],
 )
 def test_greedy_acceptance_stops_at_the_first_difference(targets: tuple[int, ...], count: int, following: int) -> None:
-    drafts = make_drafts(point_logits(1, 2, 3), Sampling(), None)
+    drafts = made(point_logits(1, 2, 3), Sampling())
     assert drafts.probs is None
-    accepted, token = verify(point_logits(*targets), drafts, Sampling(), None)
-    assert (accepted, int(token)) == (count, following)
+    assert verified(point_logits(*targets), drafts, Sampling()) == (count, following)
+
+
+def test_rows_are_verified_each_by_its_own_drafts_and_their_number() -> None:
+    drafts = make_drafts(point_logits(1, 2, 3).expand(4, -1, -1), torch.tensor([3, 3, 1, 0]), Sampling(), None)
+    targets = torch.stack([point_logits(1, 2, 3, 4), point_logits(1, 5, 3, 4), *[point_logits(1, 2, 3, 4)] * 2])
+    accepted, following = verify(targets, drafts, Sampling(), None)
+    assert accepted.tolist() == [3, 1, 1, 0]
+    assert following.tolist() == [4, 5, 2, 1]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1e-3)], ids=str)
 def test_without_drafts_the_next_token_is_drawn(sampling: Sampling) -> None:
-    accepted, token = verify(point_logits(4), None, sampling, generator())
-    assert (accepted, int(token), token.shape) == (0, 4, torch.Size([]))
+    assert verified(point_logits(4), None, sampling) == (0, 4)
 
 
 def test_drafts_remember_what_they_were_drawn_from_and_their_logits_only_for_mixing() -> None:
     logits = torch.randn(3, 6, generator=generator())
-    lossless = make_drafts(logits, Sampling(temperature=0.7), generator())
-    mixed = make_drafts(logits, Sampling(temperature=0.7, mix_weight=0.5), generator())
+    lossless = made(logits, Sampling(temperature=0.7))
+    mixed = made(logits, Sampling(temperature=0.7, mix_weight=0.5))
     assert lossless.logits is None
-    assert mixed.logits is logits
+    assert mixed.logits is not None
+    assert torch.equal(mixed.logits[0], logits)
     assert lossless.probs is not None
-    torch.testing.assert_close(lossless.probs, (logits / 0.7).softmax(-1))
+    torch.testing.assert_close(lossless.probs[0], (logits / 0.7).softmax(-1))
     assert torch.equal(lossless.tokens, mixed.tokens)
 
 
 def test_greedy_mixing_verifies_against_the_weighted_logits() -> None:
     text = torch.tensor([[2.0, 0.0, 1.0], [0.0, 0.0, 9.0]])
     diffusion = torch.tensor([[0.0, 3.0, 1.0]])
-    drafts = {w: make_drafts(diffusion, Sampling(mix_weight=w), None) for w in (0.7, 0.5)}
     # 0.7: (1.4, 0.9, 1.0), so 0; 0.5: (1.0, 1.5, 1.0), so 1, which was drafted, and then the row after it
-    assert [(n, int(t)) for n, t in [verify(text, drafts[0.7], Sampling(mix_weight=0.7), None)]] == [(0, 0)]
-    assert [(n, int(t)) for n, t in [verify(text, drafts[0.5], Sampling(mix_weight=0.5), None)]] == [(1, 2)]
+    for weight, expected in ((0.7, (0, 0)), (0.5, (1, 2))):
+        sampling = Sampling(mix_weight=weight)
+        assert verified(text, made(diffusion, sampling), sampling) == expected
+
+
+def test_a_row_without_drafts_is_not_mixed() -> None:
+    text, diffusion = point_logits(1, 2)[None], point_logits(3)[None]
+    drafts = make_drafts(diffusion, torch.tensor([0]), Sampling(mix_weight=0.0), None)
+    assert verify(text, drafts, Sampling(mix_weight=0.0), None)[1].tolist() == [1]
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
@@ -134,27 +158,66 @@ def test_mixing_leaves_suppressed_tokens_suppressed(weight: float, temperature: 
     text, diffusion = torch.randn(3, 5, generator=generator()), torch.randn(2, 5, generator=generator(1))
     text[:, 2] = diffusion[:, 2] = -torch.inf
     sampling = Sampling(temperature, mix_weight=weight)
-    probs = None if temperature == 0 else probabilities(diffusion, sampling)
     for seed in range(20):
-        drafts = Drafts(make_drafts(diffusion, sampling, generator(seed)).tokens, probs, diffusion)
-        _, token = verify(text, drafts, sampling, generator(seed))
-        assert int(token) != 2
+        drafts = made(diffusion, sampling, seed)
+        drafts = Drafts(drafts.tokens, drafts.counts, drafts.probs, diffusion[None])
+        assert verified(text, drafts, sampling, seed)[1] != 2
 
 
 def test_mixing_at_full_weight_is_lossless() -> None:
     text, diffusion = torch.randn(4, 6, generator=generator()), torch.randn(3, 6, generator=generator(1))
     for seed in range(50):
-        drafts = make_drafts(diffusion, Sampling(temperature=1.0), generator(seed))
-        mixed = Drafts(drafts.tokens, drafts.probs, diffusion)
-        results = [verify(text, d, Sampling(temperature=1.0), generator(seed)) for d in (drafts, mixed)]
+        drafts = made(diffusion, Sampling(temperature=1.0), seed)
+        mixed = Drafts(drafts.tokens, drafts.counts, drafts.probs, diffusion[None])
+        results = [verified(text, d, Sampling(temperature=1.0), seed) for d in (drafts, mixed)]
         assert results[0] == results[1]
 
 
 def test_a_rejected_token_is_never_drawn_again_at_its_place() -> None:
-    p = torch.tensor([[0.2, 0.5, 0.3], [1.0, 0.0, 0.0]])
-    q = torch.tensor([[0.8, 0.1, 0.1]])
-    results = [accept(p, q, torch.tensor([0]), generator(seed)) for seed in range(400)]
-    accepted = sum(count for count, _ in results)
-    assert 60 < accepted < 140, "a quarter"
-    assert {int(token) for count, token in results if count == 0} == {1, 2}
-    assert {int(token) for count, token in results if count == 1} == {0}
+    p = torch.tensor([[0.2, 0.5, 0.3], [1.0, 0.0, 0.0]]).expand(400, -1, -1)
+    q = torch.tensor([[0.8, 0.1, 0.1]]).expand(400, -1, -1)
+    uniform = torch.rand(400, 2, generator=generator())
+    accepted, following = accept(p, q, torch.zeros(400, 1).long(), torch.ones(400).long(), uniform)
+    assert 60 < int(accepted.sum()) < 140, "a quarter"
+    assert following[accepted == 0].unique().tolist() == [1, 2]
+    assert following[accepted == 1].unique().tolist() == [0]
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+def test_a_repetition_penalty_is_that_of_transformers_at_every_position(penalty: float) -> None:
+    texts = torch.tensor([[1, 4, 4, 7], [0, 2, 5, 2]])
+    drafts = torch.tensor([[3, 3, 1], [6, 0, 6]])  # new, repeated, in the text already
+    logits = torch.randn(2, 4, 8, generator=generator())
+    seen = torch.zeros(2, 8, dtype=torch.bool).scatter(1, texts, True)
+    got = penalised(logits, seen, penalty, drafts)
+    stock = RepetitionPenaltyLogitsProcessor(penalty)
+    for place in range(4):
+        before = torch.cat([texts, drafts[:, :place]], dim=1)
+        assert torch.equal(got[:, place], stock(before, logits[:, place]))
+    # Without drafts: the text before the first position is all that is known.
+    for place in range(4):
+        assert torch.equal(penalised(logits, seen, penalty)[:, place], stock(texts, logits[:, place]))
+
+
+def test_the_penalty_reaches_the_target_and_min_p_cuts_by_the_likeliest_token() -> None:
+    seen = torch.zeros(1, 6, dtype=torch.bool)
+    seen[0, 4] = True
+    sampling = Sampling(repetition_penalty=3.0)
+    accepted, following = verify(torch.tensor([[[0.0, 1.0, 0, 0, 2.0, 0]]]), None, sampling, None, seen)
+    assert (int(accepted), int(following)) == (0, 1)
+    probs = probabilities(LOGITS, Sampling(temperature=1.0, min_p=0.4))
+    torch.testing.assert_close(probs, torch.tensor([[0.625, 0.375, 0, 0]]))
+
+
+def made(logits: torch.Tensor, sampling: Sampling, seed: int = 0) -> Drafts:
+    """Drafts of one row, all of which count."""
+    uniform = torch.rand(1, len(logits), generator=generator(seed))
+    return make_drafts(logits[None], torch.tensor([len(logits)]), sampling, uniform)
+
+
+def verified(logits: torch.Tensor, drafts: Drafts | None, sampling: Sampling, seed: int = 0) -> tuple[int, int]:
+    """`verify` of one row."""
+    uniform = torch.rand(1, len(logits), generator=generator(seed))
+    accepted, following = verify(logits[None], drafts, sampling, uniform)
+    assert accepted.shape == following.shape == (1,)
+    return int(accepted), int(following)

@@ -80,4 +80,4 @@ def test_token_states_are_those_that_end_with_the_last_token_committed() -> None
 
 def test_a_new_cache_is_empty() -> None:
     assert TidarCache().get_seq_length() == 0
-    assert TidarCache().committed == 0
+    assert TidarCache().lengths == [0]

@@ -79,7 +79,7 @@ def test_cached_text_continues_after_the_accepted_tokens(k0: int, k1: int, bias:
     kept = states(0)
     for round_, (count, accepted) in enumerate([(1, 1), (5, 2), (4, 4), (3, 1), (1, 1)]):
         new = torch.randn(1, count, 16, generator=torch.Generator().manual_seed(round_))
-        got = grafted(new, cache, predecessors_of(decode_layout(cache.committed, count, (), 2), config, cache))
+        got = grafted(new, cache, predecessors_of(decode_layout(cache.get_seq_length(), count, (), 2), config, cache))
         whole = stock(torch.cat([kept, new], dim=1), None, None)
         assert_same(got, tuple(part[:, -count:] for part in whole))
         cache.commit(accepted)

@@ -83,8 +83,8 @@ def test_every_family_keeps_its_ar_path_bit_for_bit_and_its_contracts(model_type
     cache = TidarCache()
     for start in (4, 8, 16):
         alone = block_logits(pair.layout, ids[:start])
-        cached = block_logits(pair.layout, ids[:start], cache, cache.committed)
-        cache.commit(start - cache.committed)
+        cached = block_logits(pair.layout, ids[:start], cache, cache.get_seq_length())
+        cache.commit(start - cache.get_seq_length())
         for logits in (alone, cached):
             assert float((logits - packed[start : start + BLOCK]).abs().max()) < TOLERANCE
 

@@ -25,7 +25,8 @@ from zconvert.checkpoint.source import require_converted, resolve
 from zconvert.errors import UserError
 from zconvert.recipe import MidtrainRecipe
 from zconvert.tidar.acceptance import Sampling
-from zconvert.tidar.decoding import DecodePlan, decode
+from zconvert.tidar.decoding import DecodePlan
+from zconvert.tidar.engine import decode
 from zconvert.tidar.generate import layout_model_of
 from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.settings import GATED_FILE, GatedParts

@@ -74,7 +74,7 @@ def command(
         import torch
 
         from zconvert.tidar.acceptance import Sampling
-        from zconvert.tidar.decoding import decode
+        from zconvert.tidar.engine import decode
         from zconvert.tidar.generate import layout_model_of, plan_of
 
         try:  # before the weights are read, which can take minutes
@@ -93,7 +93,7 @@ def command(
     plan = replace(plan, eos_token_ids=end_token_ids(model, tokenizer))
     ids = prompt_ids(tokenizer, text, add_bos=add_bos)
     layout_model = layout_model_of(model)
-    generator = None if seed is None else torch.Generator(layout_model.device).manual_seed(seed)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     stream = TextStream(tokenizer, ids)
     show = _collect if as_json else _show_blocks if show_blocks else _show

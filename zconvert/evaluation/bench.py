@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from zconvert.tidar.acceptance import Sampling
-from zconvert.tidar.decoding import DecodePlan, decode
+from zconvert.tidar.decoding import DecodePlan
+from zconvert.tidar.engine import decode
 from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.settings import TidarSettings
 
@@ -136,7 +137,7 @@ def mixed_names(weights: Sequence[float]) -> dict[str, float]:
 def _run(
     model: LayoutModel, prompt: list[int], plan: DecodePlan, max_new_tokens: int, seed: int, tally: _Tally
 ) -> None:
-    generator = torch.Generator(model.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     tokens: list[int] = []
     # Every step ends in numbers on the CPU, so these clocks need no further synchronisation on a GPU.
     started = prefilled = time.perf_counter()

@@ -249,7 +249,8 @@ def _route_evenly(model: Any) -> None:
 def _steps(model: Any, block_size: int, proposals: tuple[int, ...]) -> list[float]:
     """Seconds of some decoding steps, after the prefill and the first one."""
     from zconvert.tidar.acceptance import Sampling
-    from zconvert.tidar.decoding import DecodePlan, decode
+    from zconvert.tidar.decoding import DecodePlan
+    from zconvert.tidar.engine import decode
 
     vocabulary = int(model.config.vocab_size)
     mask = vocabulary - 1

@@ -1,17 +1,25 @@
-"""p, q and drafts -> how many drafts are accepted, and the token after them. Pure tensors.
+"""p, q and drafts -> how many drafts are accepted, and the token after them. Pure tensors, all rows at once.
 
 Speculative sampling (arXiv 2211.17192, 2302.01318): a draft d drawn from q is accepted with probability
 min(1, p(d) / q(d)); on the first rejection the token there is drawn from norm(max(p - q, 0)). The tokens are then
 distributed exactly as if each had been drawn from p. Logit mixing verifies against another p; the algebra is the same.
+
+Random numbers come in as uniform numbers in [0, 1), so that each row can have a source of its own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,10 @@ class Sampling:
     """1: all tokens"""
     mix_weight: float = 1.0
     """w of the verifying distribution softmax(w · AR + (1 - w) · diffusion logits); 1: lossless"""
+    min_p: float = 0.0
+    """0: all tokens; else those with at least this share of the likeliest token's probability"""
+    repetition_penalty: float = 1.0
+    """1: none; logits of tokens in the prompt or the text are divided by it (multiplied where negative)"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -36,6 +48,10 @@ class Sampling:
             raise ValueError(f"top_p is {self.top_p}, expected more than 0 and at most 1")
         if not 0 <= self.mix_weight <= 1:
             raise ValueError(f"mix_weight is {self.mix_weight}, expected 0 to 1")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}, expected 0 (off) to 1")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}, expected more than 0 (1: none)")
 
     @property
     def greedy(self) -> bool:
@@ -45,19 +61,21 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Drafts:
-    """m tokens proposed by diffusion for the m positions after the next token."""
+    """Tokens proposed by diffusion for the positions after the next token, R rows of up to m."""
 
     tokens: Tensor
-    """(m,) int64"""
-    probs: Tensor | None
-    """(m, V) float32: q, what each token was drawn from; None where greedy"""
-    logits: Tensor | None
-    """(m, V) float32, kept for mixing; None where lossless"""
+    """(R, m) int64"""
+    counts: Tensor
+    """(R,) int64: how many of a row's tokens are drafts, from the left; the rest is filling"""
+    probs: Tensor | None = None
+    """(R, m, V) float32: q, what each token was drawn from; None where greedy"""
+    logits: Tensor | None = None
+    """(R, m, V) float32, kept for mixing; None where lossless"""
 
 
 @torch.no_grad()
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """(n, V) float32 logits -> (n, V) float32 probabilities after temperature, top-k and top-p, as transformers does.
+    """(…, V) float32 logits -> (…, V) float32 probabilities, cut as transformers does: top-k, then top-p, then min-p.
 
     >>> probabilities(torch.tensor([[0.0, 1.0, 2.0]]), Sampling(temperature=1.0, top_k=1)).tolist()
     [[0.0, 0.0, 1.0]]
@@ -69,74 +87,147 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         warpers.append(TopKLogitsWarper(top_k=sampling.top_k))
     if sampling.top_p < 1:
         warpers.append(TopPLogitsWarper(top_p=sampling.top_p))
-    return warpers(None, logits).softmax(-1)  # type: ignore[arg-type]  # warpers never read the ids
-
-
-def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draws one token from each row of (n, V) probabilities: (n,) int64."""
-    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+    if sampling.min_p:
+        warpers.append(MinPLogitsWarper(min_p=sampling.min_p))
+    rows = logits.reshape(-1, logits.shape[-1])
+    return warpers(None, rows).softmax(-1).view(logits.shape)  # type: ignore[arg-type]  # warpers never read the ids
 
 
 @torch.no_grad()
-def make_drafts(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Drafts:
-    """Draws drafts from (m, V) diffusion logits."""
+def penalised(logits: Tensor, seen: Tensor, penalty: float, drafts: Tensor | None = None) -> Tensor:
+    """Applies a repetition penalty, as transformers does for the text before each position.
+
+    Args:
+        logits: (R, n, V), of positions one after another.
+        seen: (R, V) bool: the token stands in the text before the first of them.
+        penalty: see Sampling.
+        drafts: (R, n - 1) int64: the tokens that stand between these positions; None where that is not known yet.
+
+    Returns:
+        (R, n, V).
+    """
+
+    def lowered(values: Tensor) -> Tensor:
+        return torch.where(values < 0, values * penalty, values / penalty)
+
+    out = torch.where(seen[:, None], lowered(logits), logits)
+    if drafts is None or drafts.shape[1] == 0:
+        return out
+    count = drafts.shape[1]
+    # At position j the drafts before it count too: (R, j, i) whether draft i's token is among the first j drafts.
+    same = drafts[:, :, None] == drafts[:, None, :]
+    before = torch.ones(count + 1, count, dtype=torch.bool, device=logits.device).tril(-1)
+    among = (before.float() @ same.float()) > 0
+    tokens = drafts[:, None].expand(-1, count + 1, -1)
+    return out.scatter(2, tokens, torch.where(among, lowered(logits.gather(2, tokens)), out.gather(2, tokens)))
+
+
+@torch.no_grad()
+def draw(probs: Tensor, uniform: Tensor) -> Tensor:
+    """Draws a token from each of (…, V) probabilities by its (…) uniform number: (…) int64.
+
+    >>> draw(torch.tensor([[0.5, 0.0, 0.5]]), torch.tensor([0.5])).tolist()
+    [2]
+    """
+    # Where the running sum passes the number. In float64, since in float32 rare tokens would vanish in the sum.
+    running = probs.double().cumsum(-1)
+    total = running[..., -1:]
+    token = torch.searchsorted(running, uniform.double()[..., None] * total, right=True)
+    last = torch.searchsorted(
+        running, total.contiguous()
+    )  # the last token with a probability, should rounding go past it
+    return torch.minimum(token, last).squeeze(-1)
+
+
+@torch.no_grad()
+def make_drafts(logits: Tensor, counts: Tensor, sampling: Sampling, uniform: Tensor | None) -> Drafts:
+    """Draws drafts.
+
+    Args:
+        logits: (R, m, V) of mask slots; suppressed tokens are -inf.
+        counts: (R,) how many of a row's slots are wanted.
+        sampling: how q is made.
+        uniform: (R, m) numbers in [0, 1); None where greedy.
+    """
     kept = logits if sampling.mix_weight < 1 else None
     if sampling.greedy:
-        return Drafts(logits.argmax(-1), None, kept)
+        return Drafts(logits.argmax(-1), counts, None, kept)
+    assert uniform is not None
     probs = probabilities(logits, sampling)
-    return Drafts(draw(probs, generator), probs, kept)
+    return Drafts(draw(probs, uniform), counts, probs, kept)
 
 
 @torch.no_grad()
 def verify(
-    logits: Tensor, drafts: Drafts | None, sampling: Sampling, generator: torch.Generator | None
-) -> tuple[int, Tensor]:
+    logits: Tensor, drafts: Drafts | None, sampling: Sampling, uniform: Tensor | None, seen: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Verifies drafts from left to right.
 
     Args:
-        logits: (m + 1, V) AR logits: row j is for the position of draft j, the last for the position after them.
-        drafts: m of them; None for m = 0.
-        sampling: how the target distribution is made. Mixing applies to the rows that have a draft.
-        generator: of the random numbers.
+        logits: (R, m + 1, V) AR logits: column j is for the position of draft j, the last for the position after them.
+        drafts: m a row; None for m = 0.
+        sampling: how the target distribution is made. Mixing applies to the columns that have a draft.
+        uniform: (R, m + 1) numbers in [0, 1): one for each draft, one for the token after them; None where greedy.
+        seen: (R, V) bool, the tokens of the text so far; only a repetition penalty reads it.
 
     Returns:
-        How many drafts are accepted, 0 … m, and the token that follows them, () int64.
+        (R,) how many drafts are accepted, 0 … m, and (R,) the token that follows them.
     """
     if drafts is not None and drafts.logits is not None:
-        mixed = sampling.mix_weight * logits[:-1] + (1 - sampling.mix_weight) * drafts.logits
-        # Where both are -inf (suppressed), so is the mixture; 0 · -inf would be NaN.
-        logits = torch.cat([mixed.masked_fill(mixed.isnan(), -torch.inf), logits[-1:]])
+        mixed = sampling.mix_weight * logits[:, :-1] + (1 - sampling.mix_weight) * drafts.logits
+        # Where both are -inf (suppressed), so is the mixture; 0 · -inf would be NaN. Filling is not mixed.
+        mixed = mixed.masked_fill(mixed.isnan(), -torch.inf)
+        mixed = torch.where(_counted(drafts)[..., None], mixed, logits[:, :-1])
+        logits = torch.cat([mixed, logits[:, -1:]], dim=1)
+    if sampling.repetition_penalty != 1:
+        assert seen is not None
+        logits = penalised(logits, seen, sampling.repetition_penalty, None if drafts is None else drafts.tokens)
     if sampling.greedy:
         targets = logits.argmax(-1)
-        count = 0 if drafts is None else int((targets[:-1] == drafts.tokens).cumprod(0).sum())
-        return count, targets[count]
+        if drafts is None:
+            return torch.zeros_like(targets[:, 0]), targets[:, 0]
+        right = (targets[:, :-1] == drafts.tokens) & _counted(drafts)
+        accepted = right.long().cumprod(1).sum(1)
+        return accepted, targets.gather(1, accepted[:, None]).squeeze(1)
+    assert uniform is not None
     probs = probabilities(logits, sampling)
     if drafts is None:
-        return 0, draw(probs, generator)[0]
+        return torch.zeros_like(probs[:, 0, 0], dtype=torch.long), draw(probs[:, 0], uniform[:, 0])
     assert drafts.probs is not None
-    return accept(probs, drafts.probs, drafts.tokens, generator)
+    return accept(probs, drafts.probs, drafts.tokens, drafts.counts, uniform)
 
 
 @torch.no_grad()
-def accept(p: Tensor, q: Tensor, tokens: Tensor, generator: torch.Generator | None) -> tuple[int, Tensor]:
+def accept(p: Tensor, q: Tensor, tokens: Tensor, counts: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """The lossless rule.
 
     Args:
-        p: (m + 1, V) target probabilities.
-        q: (m, V) what the drafts were drawn from.
-        tokens: (m,) the drafts.
-        generator: of the random numbers.
+        p: (R, m + 1, V) target probabilities.
+        q: (R, m, V) what the drafts were drawn from.
+        tokens: (R, m) the drafts.
+        counts: (R,) how many of them count.
+        uniform: (R, m + 1) numbers in [0, 1).
 
     Returns:
-        How many drafts are accepted, and the token that follows them.
+        (R,) how many drafts are accepted, and (R,) the token that follows them.
     """
     chosen = tokens.unsqueeze(-1)
-    ratio = p[:-1].gather(-1, chosen).squeeze(-1) / q.gather(-1, chosen).squeeze(-1)
-    uniform = torch.rand(ratio.shape, generator=generator, device=p.device)
-    count = int((uniform < ratio).cumprod(0).sum())
-    target = p[count : count + 1]
-    if count < len(tokens):
-        residual = (target - q[count : count + 1]).clamp_min(0)
-        # Rejection has probability 0 where p = q; rounding must not leave nothing to draw from.
-        target = torch.where(residual.sum() > 0, residual, target)
-    return count, draw(target, generator)[0]
+    ratio = p[:, :-1].gather(-1, chosen).squeeze(-1) / q.gather(-1, chosen).squeeze(-1)
+    drafts = Drafts(tokens, counts)
+    accepted = ((uniform[:, :-1] < ratio) & _counted(drafts)).long().cumprod(1).sum(1)
+    row = torch.arange(len(p), device=p.device)
+    target = p[row, accepted]
+    residual = (target - q[row, accepted.clamp_max(q.shape[1] - 1)]).clamp_min(0)
+    # Rejection has probability 0 where p = q; rounding must not leave nothing to draw from.
+    rejected = (accepted < counts) & (residual.sum(-1) > 0)
+    return accepted, draw(torch.where(rejected[:, None], residual, target), uniform[:, -1])
+
+
+def drafting(sampling: Sampling, temperature: float | None) -> Sampling:
+    """How drafts are drawn for a target: as the target is, or at a temperature of their own."""
+    return sampling if temperature is None or sampling.greedy else replace(sampling, temperature=temperature)
+
+
+def _counted(drafts: Drafts) -> Tensor:
+    """(R, m) bool: no filling."""
+    return torch.arange(drafts.tokens.shape[1], device=drafts.tokens.device) < drafts.counts[:, None]

@@ -7,6 +7,7 @@ option that is silently dropped would change the distribution of the text.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import cached_file
 
 from .acceptance import Sampling
-from .decoding import DecodePlan, decode
+from .decoding import DecodePlan
+from .engine import decode
 from .generate_options import (
     checked_prompt,
     mask_of_left_padding,
@@ -101,7 +103,7 @@ def generate(
     budget = new_token_budget(config, ids.shape[1])
     criteria = StoppingCriteriaList(stopping_criteria or [])
     layout_model = layout_model_of(model)
-    generator = None if seed is None else torch.Generator(layout_model.device).manual_seed(seed)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
     texts: list[list[int]] = []
     for prompt, pads in zip(rows, padding, strict=True):
         for _ in range(repeats):
@@ -146,7 +148,7 @@ def plan_of(
     if mix_weight is not None and sampler != "mixed":
         raise ValueError(f"mix_weight is {mix_weight} with sampler {sampler!r}: only 'mixed' has one")
     weight = 1.0 if sampler != "mixed" else DEFAULT_MIX_WEIGHT if mix_weight is None else mix_weight
-    sampling = Sampling(sampling.temperature, sampling.top_k, sampling.top_p, weight)
+    sampling = replace(sampling, mix_weight=weight)
     if sampler == "ar":
         if proposals is not None or block_size is not None:
             raise ValueError("proposals and block_size have no meaning with sampler 'ar': it drafts nothing")

@@ -12,7 +12,9 @@ Source: TiDAR (arXiv 2511.08923), section 3; the predecessor index is ours.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -137,7 +139,11 @@ def _kept(slots: Tensor, of_slot: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def decode_layout(
-    committed: int, num_causal: int, proposals: tuple[int, ...], block_size: int, device: torch.device | None = None
+    committed: int | Sequence[int],
+    num_causal: int,
+    proposals: tuple[int, ...] | Sequence[tuple[int, ...]],
+    block_size: int,
+    device: torch.device | None = None,
 ) -> Layout:
     """Lays out one decoding forward `[c_0 … c_{m-1} | block for k_1 | block for k_2 …]` after `committed` tokens.
 
@@ -155,50 +161,90 @@ def decode_layout(
         b1     1  1  1 |  .  . |  1  1
 
     Args:
-        committed: L, tokens in the cache.
-        num_causal: m, at least 1.
-        proposals: accepted counts that get a block, each in 1 … m.
+        committed: L, tokens in the cache: a number for each row, or one number for one row.
+        num_causal: m, at least 1. A row that has fewer is filled up from behind: nothing that counts sees the filling.
+        proposals: accepted counts that get a block, each in 1 … m; the same for all rows, or as many for each row.
         block_size: B, mask slots in a block.
         device: where the tensors are made.
 
     Returns:
-        Layout of (1, m + B · len(proposals)). NO_PREDECESSOR stands for the last committed token.
+        Layout of (R, m + B · len(proposals)). NO_PREDECESSOR stands for the last committed token.
 
     >>> decode_layout(10, 3, (1, 3), 2).position_ids.tolist()
     [[10, 11, 12, 11, 12, 13, 14]]
+    >>> decode_layout([10, 20], 2, [(2,), (1,)], 1).position_ids.tolist()
+    [[10, 11, 12], [20, 21, 21]]
     """
+    rows = [committed] if isinstance(committed, int) else list(committed)
+    shared = not proposals or isinstance(proposals[0], int)
+    if shared:
+        table = _step_table(num_causal, proposals, block_size).unsqueeze(1)  # type: ignore[arg-type]  # one tuple
+    else:
+        table = torch.stack([_step_table(num_causal, own, block_size) for own in proposals], dim=1)  # type: ignore[arg-type]
+    # (2, R, N): positions count from each row's border, everything else is the same wherever a row stands.
+    moved = table[:2] + torch.tensor(rows)[:, None]
+    fixed = table[2:].expand(-1, len(rows), -1)
+    return Layout(*torch.cat([moved, fixed]).to(device, non_blocking=True).unbind(0))
+
+
+@lru_cache(maxsize=1024)
+def _step_table(num_causal: int, proposals: tuple[int, ...], block_size: int) -> Tensor:
+    """(5, N): the fields of a layout, with nothing committed. Kept: a decoding asks for the same few all along."""
     assert num_causal >= 1
     assert all(1 <= k <= num_causal for k in proposals), (num_causal, proposals)
-    # Plain lists: a few dozen numbers are made faster in Python than by a dozen tensor operations.
-    position = list(range(committed, committed + num_causal))
+    position = list(range(num_causal))
     limit = [p + 1 for p in position]
     block = [CLEAN] * num_causal
     before = list(range(-1, num_causal - 1))
     for k in proposals:
         first = len(position)
-        position += range(committed + k, committed + k + block_size)
-        limit += [committed + k] * block_size
+        position += range(k, k + block_size)
+        limit += [k] * block_size
         block += [k] * block_size
         before += [k - 1, *range(first, first + block_size - 1)]
-    table = torch.tensor([position, limit, block, [0] * len(position), before], device=device).unsqueeze(1)  # (5, 1, N)
-    return Layout(*table.unbind(0))
+    return torch.tensor([position, limit, block, [0] * len(position), before])
 
 
-def with_committed(layout: Layout, committed: int) -> Layout:
-    """The keys of a decoding forward: the `committed` tokens of the cache, then the forward's own tokens.
+def with_committed(layout: Layout, committed: int | Sequence[int]) -> Layout:
+    """The keys of a decoding forward: the committed tokens in the cache, then the forward's own tokens.
+
+    Args:
+        layout: of the forward, (R, N).
+        committed: tokens in the cache: a number for each row, or one for all.
 
     Returns:
-        Layout of (1, committed + N). Predecessors are left as they were: keys have no use for them.
-    """
-    cached = torch.arange(committed, device=layout.position_ids.device).unsqueeze(0)
+        Layout of (R, longest + N), in the order of the cache's slots; what stands behind a shorter row is no part of
+        its document. Predecessors are left as they were: keys have no use for them.
 
-    def prepend(values: Tensor, field: Tensor) -> Tensor:
-        return torch.cat([values, field], dim=1)
+    >>> step = decode_layout([1, 3], 1, (), 2)
+    >>> keys = with_committed(step, [1, 3])
+    >>> keys.document_ids.tolist()
+    [[0, 0, -1, -1], [0, 0, 0, 0]]
+    """
+    rows, count = layout.position_ids.shape
+    lengths = [committed] * rows if isinstance(committed, int) else list(committed)
+    device, longest = layout.position_ids.device, max(lengths)
+    cached = torch.arange(longest + count, device=device)
+    if lengths.count(longest) == rows:
+        cached = cached[:longest].expand(rows, -1)
+
+        def join(values: Tensor, field: Tensor) -> Tensor:
+            return torch.cat([values, field], dim=1)
+
+        document = torch.zeros_like(cached)
+    else:
+        border = torch.tensor(lengths, device=device)[:, None]
+        slots = border + torch.arange(count, device=device)
+        document = (cached >= border + count).long() * PADDING
+        cached = cached.expand(rows, -1)
+
+        def join(values: Tensor, field: Tensor) -> Tensor:
+            return values.scatter(1, slots, field)
 
     return Layout(
-        position_ids=prepend(cached, layout.position_ids),
-        clean_limit=prepend(cached + 1, layout.clean_limit),
-        block_ids=prepend(torch.full_like(cached, CLEAN), layout.block_ids),
-        document_ids=prepend(torch.zeros_like(cached), layout.document_ids),
+        position_ids=join(cached, layout.position_ids),
+        clean_limit=join(cached + 1, layout.clean_limit),
+        block_ids=join(torch.full_like(cached, CLEAN), layout.block_ids),
+        document_ids=join(document, layout.document_ids),
         predecessors=layout.predecessors,
     )

@@ -94,19 +94,18 @@ class LayoutModel:
             input_ids: (R, N) int64, laid out as `layout` says.
             layout: of (R, N).
             cache: of a decoding; the forward's states are written behind its committed tokens.
-            key: layout of all that the cache holds and of these tokens, (R, K); None: `cache.committed` tokens of text.
+            key: layout of all that the cache holds and of these tokens, (R, K); None: the cache's committed tokens.
             shard: where other processes have the rest of the rows; attention then gathers its keys itself.
 
         Returns:
             (R, N, hidden) after the final norm.
         """
         self.layout = layout
-        committed = cache.committed if cache is not None else 0
         joined = key
         if shard is not None:
             key = shard.key
         elif key is None:
-            key = with_committed(layout, committed) if committed else layout
+            key = with_committed(layout, cache.lengths) if cache is not None and cache.get_seq_length() else layout
         masks: Any
         if shard is not None:
             masks = shard.masks(self.family, self.config, self.model.dtype)

@@ -11,7 +11,8 @@ import torch
 from zconvert.data.documents import Documents
 from zconvert.data.packing import Batch, PackedRows
 from zconvert.tidar.acceptance import Sampling
-from zconvert.tidar.decoding import DecodePlan, decode
+from zconvert.tidar.decoding import DecodePlan
+from zconvert.tidar.engine import decode
 from zconvert.tidar.model import LayoutModel
 from zconvert.training.objective import Targets, expected_accepted
 from zconvert.training.observers import Observer

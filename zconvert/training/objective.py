@@ -158,7 +158,7 @@ def hidden_halves(model: LayoutModel, ids: Tensor, masked_ids: Tensor, layout: P
     states, (clean_layout, slot_layout) = CleanStates(), layout.halves()
     with torch.no_grad():
         clean = model.hidden_states(ids, clean_layout, states)
-    states.complete()
+    states.complete = True
     return clean, model.hidden_states(masked_ids, slot_layout, states, layout)
 
 

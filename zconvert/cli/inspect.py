@@ -180,14 +180,14 @@ def _weights(document: dict[str, Any]) -> str:
     kinds = ", ".join(f"{dtype} {size(kind['bytes'])}" for dtype, kind in document["dtypes"].items())
     total = size(sum(shard["bytes"] for shard in shards))
     lines = [f"{total} in {len(shards)} {'file' if len(shards) == 1 else 'files'}: {kinds}"]
-    if document["gated_bytes"] is not None:
-        lines.append(f"{size(document['gated_bytes'])} in {GATED_FILE}")
-    elif document["tidar"] and document["tidar"].get("gated") and document["tidar"]["stages"]:
-        lines.append(f"{GATED_FILE} is missing")
     if len(shards) > 1:
         lines += [f"{shard['name']}  {size(shard['bytes'])}" for shard in shards[:_MOST_SHARDS]]
         more = shards[_MOST_SHARDS:]
         lines += [f"… and {len(more)} more, {size(sum(shard['bytes'] for shard in more))}"] if more else []
+    if document["gated_bytes"] is not None:
+        lines.append(f"{size(document['gated_bytes'])} in {GATED_FILE}")
+    elif document["tidar"] and document["tidar"].get("gated") and document["tidar"]["stages"]:
+        lines.append(f"{GATED_FILE} is missing")
     return "\n".join(lines)
 
 

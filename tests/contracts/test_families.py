@@ -14,10 +14,9 @@ from tests.contracts.checks import BLOCK, ROWS, TOLERANCE
 from tests.contracts.families import COMPOSITE_MODELS, FAMILY_MODELS, composite_pair, family_pair
 from tests.contracts.models import MASK, Pair, random_ids
 from tests.contracts.reference import causal_logits
-from zconvert.tidar import decoding
-from zconvert.tidar.acceptance import Drafts, Sampling
-from zconvert.tidar.decoding import DecodePlan
-from zconvert.tidar.engine import decode
+from zconvert.tidar.acceptance import Sampling
+from zconvert.tidar.decoding import DecodePlan, Request
+from zconvert.tidar.engine import Engine, run
 from zconvert.tidar.families import COMPOSITES, FAMILIES
 from zconvert.tidar.settings import TidarSettings
 
@@ -69,32 +68,36 @@ def test_cached_decoding_steps_equal_uncached_ones(family: Pair) -> None:
     assert checks.cached_steps_differ(family) < TOLERANCE
 
 
-@pytest.mark.parametrize("proposals", [(1, 2, 3, 4), (1, 3)], ids=str)
+@pytest.mark.parametrize(("proposals", "batch"), [((1, 2, 3, 4), 1), ((1, 3), 3)], ids=str)
 def test_greedy_text_is_the_sources_at_every_accepted_length(
-    family: Pair, proposals: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    family: Pair, proposals: tuple[int, ...], batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompt = random_ids((10,), seed=2).tolist()
-    expected = _greedy(family, prompt, 24)
-    told: list[int] = []
+    lengths = {0: 10} if batch == 1 else {0: 10, 1: 3, 2: 17, 3: 9}  # the fourth takes the place of one that ended
+    expected = {key: _greedy(family, _prompt(length), 20 - 4 * key) for key, length in lengths.items()}
+    own_drafts = Engine._draft
 
-    def drafts_right_up_to(logits: Any, *_: Any) -> Drafts:
+    def drafts_right_up_to(engine: Engine, rows: list[Any], *places: Any) -> None:
         """In place of the model's own drafts, which random weights get wrong: the text itself, for a while."""
-        tokens = expected[len(told) :][: len(logits)]
-        tokens += [0] * (len(logits) - len(tokens))
-        right = len(rounds) % BLOCK
-        rounds.append(right)
-        tokens[right:] = [(token + 1) % MASK for token in tokens[right:]]
-        return Drafts(torch.tensor(tokens), None, None)
+        own_drafts(engine, rows, *places)
+        for row in rows:
+            if row.drafted is not None:
+                told, text = row.result, expected[row.result.request.key]
+                right = (told.forwards + told.request.key) % BLOCK
+                follow = [*text[len(told.tokens) :], *[0] * BLOCK][: row.num_drafts]
+                wrong = [token if i < right else (token + 1) % MASK for i, token in enumerate(follow)]
+                row.drafted[0].drafts.tokens[row.drafted[1], : row.num_drafts] = torch.tensor(wrong)
 
-    rounds: list[int] = []
-    monkeypatch.setattr(decoding, "make_drafts", drafts_right_up_to)
+    monkeypatch.setattr(Engine, "_draft", drafts_right_up_to)
     plan = DecodePlan.tidar(TidarSettings(BLOCK, MASK), Sampling(), frozenset(), proposals=proposals)
-    accepted = []
-    for step in decode(family.layout, prompt, plan, len(expected)):
-        told += step.tokens
-        accepted.append(step.accepted)
-    assert told == expected
-    assert set(accepted[1:]) >= ({1, 2, 3, 4} if len(proposals) == 4 else {1, 2, 3})
+    engine = Engine(family.layout, plan, max_batch=batch, prefill_chunk=12)  # the prompt of 17 is read in two parts
+    requests = [Request(_prompt(length), len(expected[key]), key=key) for key, length in lengths.items()]
+    results = list(run(engine, requests))
+    assert {result.request.key: result.tokens for result in results} == expected
+    assert {n for result in results for n in result.accepted} >= ({1, 2, 3, 4} if len(proposals) == 4 else {1, 2, 3})
+
+
+def _prompt(length: int) -> list[int]:
+    return random_ids((length,), seed=length).tolist()
 
 
 @pytest.mark.parametrize("model_type", list(COMPOSITE_MODELS))

@@ -166,11 +166,44 @@ def test_a_dict_is_returned_where_it_is_asked_for(model: Any, prompt: torch.Tens
     assert torch.equal(output.sequences, generate(prompt, model=model, max_new_tokens=3))
 
 
+@pytest.mark.parametrize("options", [{"repetition_penalty": 1.4}, {"repetition_penalty": 0.7}], ids=str)
+def test_a_repetition_penalty_gives_the_text_of_transformers(
+    stock: Any, model: Any, prompt: torch.Tensor, options: dict[str, Any]
+) -> None:
+    expected = stock.generate(prompt, max_new_tokens=16, do_sample=False, **options)
+    assert not torch.equal(expected, stock.generate(prompt, max_new_tokens=16, do_sample=False))
+    for proposals in ((1, 2, 3, 4), (1, 3)):
+        assert torch.equal(generate(prompt, model=model, max_new_tokens=16, proposals=proposals, **options), expected)
+
+
+@pytest.mark.parametrize("mode", ["single", "two"])
+def test_a_batch_of_unequal_prompts_gives_the_text_of_each_alone(model: Any, mode: str) -> None:
+    lengths = (9, 2, 5, 9)
+    prompts = [torch.randint(1, MASK, (1, n), generator=torch.Generator().manual_seed(n)) for n in lengths]
+    ids = torch.cat([torch.nn.functional.pad(p, (9 - p.shape[1], 0)) for p in prompts])
+    mask = torch.cat([torch.nn.functional.pad(torch.ones_like(p), (9 - p.shape[1], 0)) for p in prompts])
+    for options in ({}, {"do_sample": True, "seed": 5}, {"sampler": "mixed", "do_sample": True, "seed": 5}):
+        together = generate(ids, model=model, attention_mask=mask, max_new_tokens=12, mode=mode, **options)
+        for row, prompt in enumerate(prompts):
+            own = options | ({"seed": 5 + row} if "seed" in options else {})
+            alone = generate(prompt, model=model, max_new_tokens=12, mode=mode, **own)
+            assert together[row, 9:].tolist() == alone[0, prompt.shape[1] :].tolist()
+
+
+def test_max_time_ends_a_text(model: Any, prompt: torch.Tensor) -> None:
+    assert generate(prompt, model=model, max_new_tokens=30, max_time=1e-9).shape[1] == prompt.shape[1] + 1
+
+
+def test_stop_strings_need_a_tokenizer(model: Any, prompt: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="pass `tokenizer=`"):
+        generate(prompt, model=model, stop_strings=["."])
+
+
 @pytest.mark.parametrize(
     "option",
     [
         {"num_beams": 3},
-        {"repetition_penalty": 1.1},
+        {"no_repeat_ngram_size": 2},
         {"min_new_tokens": 2},
         {"suppress_tokens": [4, MASK]},
         {"output_scores": True},

@@ -111,6 +111,8 @@ class Step:
     """n of the method: drafts accepted and the token they follow, 1 … block_size; 0 for the prefill"""
     tokens_in_forward: int
     """tokens the forward processed for this text"""
+    finish: str | None = None
+    """why the text ended with it, see Result; None: it goes on"""
 
 
 @dataclass(eq=False)
@@ -121,7 +123,7 @@ class Result:
     tokens: list[int] = field(default_factory=list)
     """new tokens, an end token included"""
     finish: str | None = None
-    """`eos`, `length`, `stop` or `cancelled`; None: not done"""
+    """`eos` (an end token), `length`, `stop` (the request's own) or `cancelled`; None: not done"""
     accepted: list[int] = field(default_factory=list)
     """of each forward after the prefill, see Step"""
 

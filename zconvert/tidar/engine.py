@@ -138,7 +138,7 @@ class Engine:
         """Reads prompts that wait, or a part of them, then runs a forward over all texts under way.
 
         Returns:
-            What each text got, in order. Texts that ended have their `finish` set.
+            What each text got, in order; one whose prompt was just read may get two steps.
         """
         self._sweep()
         events = self._read_step()
@@ -321,7 +321,7 @@ class Engine:
                 row.seen[tokens] = True
         elif result.finish is None:  # it may have been cancelled meanwhile
             result.finish = finish
-        return result, Step(tuple(tokens), accepted, tokens_in_forward)
+        return result, Step(tuple(tokens), accepted, tokens_in_forward, finish)
 
     def _draft(self, rows: list[_Row], hidden: Tensor, starts: list[int], counts: list[int]) -> None:
         """Draws drafts from the mask slots that begin at each row's `starts`, at most `counts` of them."""
@@ -393,8 +393,8 @@ def run(engine: Engine, requests: Iterable[Request]) -> Iterator[Result]:
                 engine.add(request)
         if engine.idle:
             return
-        for result, _ in engine.step():
-            if result.finish is not None:
+        for result, step in engine.step():
+            if step.finish is not None:
                 yield result
 
 

@@ -13,26 +13,29 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import cached_file
 
 from .acceptance import Sampling
-from .decoding import DecodePlan
-from .engine import decode
+from .decoding import DecodePlan, Request, Result
+from .engine import Engine
 from .generate_options import (
+    all_criteria,
     checked_prompt,
     mask_of_left_padding,
     merged_config,
     new_token_budget,
     refuse_unsupported,
     sampling_of,
+    stop_by,
     unpadded,
 )
 from .model import LayoutModel
 from .settings import GATED_FILE, TidarSettings
 
 SAMPLERS = ("lossless", "mixed", "ar")
+MODES = ("single", "two")
 DEFAULT_MIX_WEIGHT = 0.5
 
 _LAYOUT_MODEL = "_tidar_layout_model"
@@ -52,11 +55,11 @@ def generate(
     mix_weight: float | None = None,
     proposals: tuple[int, ...] | list[int] | None = None,
     block_size: int | None = None,
+    mode: str = "single",
+    tokenizer: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Generates text as `model.generate` of transformers does, a block of tokens at a time.
-
-    The rows of a batch are decoded one after another.
 
     Args:
         inputs: (R, N) prompt ids, padded on the left; also as `input_ids`. None: a lone BOS token.
@@ -64,15 +67,18 @@ def generate(
         model: of a converted checkpoint.
         input_ids: another name for `inputs`.
         attention_mask: (R, N), 0 at the padding.
-        stopping_criteria: asked after each token of a forward; the text is cut where they stop it.
+        stopping_criteria: asked after each token of each text; the text is cut where they stop it.
         streamer: gets the prompt, then the tokens of each forward. One row only.
-        seed: of the random numbers; None goes on with torch's global ones.
+        seed: of the random numbers, row i having those of seed + i; None goes on with torch's global ones.
         sampler: lossless (distributed as autoregressive sampling), mixed, or ar (one token a forward).
         mix_weight: of `mixed`: share of the autoregressive logits in what drafts are verified against.
         proposals: accepted counts that get a block of mask slots; None: the checkpoint's.
         block_size: tokens a forward can yield at most; None: the checkpoint's.
-        **kwargs: fields of GenerationConfig: max_new_tokens, max_length, do_sample, temperature, top_k, top_p,
-            eos_token_id, pad_token_id, num_return_sequences, return_dict_in_generate.
+        mode: single (a forward verifies and drafts) or two (forwards take turns).
+        tokenizer: reads `stop_strings`.
+        **kwargs: fields of GenerationConfig: max_new_tokens, max_length, max_time, do_sample, temperature, top_k,
+            top_p, min_p, repetition_penalty, eos_token_id, pad_token_id, stop_strings, num_return_sequences,
+            return_dict_in_generate.
 
     Returns:
         (R, up to N + max_new_tokens) ids, the prompt included, padded on the right; or, with return_dict_in_generate,
@@ -94,24 +100,38 @@ def generate(
     rows, padding = unpadded(ids, attention_mask)
     sampling = sampling_of(config)
     plan = plan_of(
-        settings, sampling, eos, sampler=sampler, mix_weight=mix_weight, proposals=proposals, block_size=block_size
+        settings,
+        sampling,
+        eos,
+        sampler=sampler,
+        mix_weight=mix_weight,
+        proposals=proposals,
+        block_size=block_size,
+        mode=mode,
     )
     repeats = config.num_return_sequences or 1  # more than 1 without sampling is refused by GenerationConfig.update
     if streamer is not None and len(rows) * repeats > 1:
         raise ValueError("a streamer takes one row of text: give one prompt and num_return_sequences=1")
+    criteria = all_criteria(stopping_criteria, config, tokenizer)
 
     budget = new_token_budget(config, ids.shape[1])
-    criteria = StoppingCriteriaList(stopping_criteria or [])
     layout_model = layout_model_of(model)
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    texts: list[list[int]] = []
+    engine = Engine(layout_model, plan, max_batch=len(rows) * repeats)
+    results: list[Result] = []
     for prompt, pads in zip(rows, padding, strict=True):
         for _ in range(repeats):
-            texts.append(
-                pads + prompt + _continue(layout_model, prompt, pads, plan, budget, generator, criteria, streamer)
-            )
+            own_seed = None if seed is None else seed + len(results)
+            stop = stop_by(criteria, pads + prompt, layout_model.device) if criteria else None
+            results.append(engine.add(Request(prompt, budget, seed=own_seed, stop=stop)))
+    if streamer is not None:
+        streamer.put(ids)
+    while not engine.idle:
+        for _, step in engine.step():
+            if streamer is not None:
+                streamer.put(torch.tensor(step.tokens))
     if streamer is not None:
         streamer.end()
+    texts = [padding[i // repeats] + result.request.prompt + result.tokens for i, result in enumerate(results)]
     width = max(map(len, texts))
     sequences = torch.tensor([text + [int(pad)] * (width - len(text)) for text in texts], device=ids.device)
     if config.return_dict_in_generate:
@@ -128,6 +148,7 @@ def plan_of(
     mix_weight: float | None = None,
     proposals: tuple[int, ...] | list[int] | None = None,
     block_size: int | None = None,
+    mode: str = "single",
 ) -> DecodePlan:
     """The decoding that a sampler's name and its options stand for.
 
@@ -139,22 +160,28 @@ def plan_of(
         mix_weight: of `mixed` only; 0.5 where None.
         proposals: accepted counts that get a block of mask slots; None: the checkpoint's.
         block_size: tokens a forward can yield at most; None: the checkpoint's.
+        mode: single or two; of ar, single.
 
     Raises:
-        ValueError: an unknown sampler, an option the sampler does not have, or one out of range.
+        ValueError: an unknown sampler or mode, an option the sampler does not have, or one out of range.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler is {sampler!r}, expected one of {', '.join(SAMPLERS)}")
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
     if mix_weight is not None and sampler != "mixed":
         raise ValueError(f"mix_weight is {mix_weight} with sampler {sampler!r}: only 'mixed' has one")
     weight = 1.0 if sampler != "mixed" else DEFAULT_MIX_WEIGHT if mix_weight is None else mix_weight
     sampling = replace(sampling, mix_weight=weight)
     if sampler == "ar":
-        if proposals is not None or block_size is not None:
-            raise ValueError("proposals and block_size have no meaning with sampler 'ar': it drafts nothing")
+        if proposals is not None or block_size is not None or mode != "single":
+            raise ValueError("proposals, block_size and mode have no meaning with sampler 'ar': it drafts nothing")
         return DecodePlan.autoregressive(settings.mask_token_id, sampling, eos_token_ids)
     counts = None if proposals is None else tuple(proposals)
-    return DecodePlan.tidar(settings, sampling, eos_token_ids, proposals=counts, block_size=block_size)
+    two = mode == "two"
+    return DecodePlan.tidar(
+        settings, sampling, eos_token_ids, proposals=counts, block_size=block_size, two_forwards=two
+    )
 
 
 def settings_of(model: Any) -> TidarSettings:
@@ -215,33 +242,3 @@ def token_ids(value: int | list[int] | Tensor | None) -> frozenset[int]:
         return frozenset()
     flat = torch.as_tensor(value).flatten().tolist()
     return frozenset(int(i) for i in flat if i >= 0)
-
-
-def _continue(
-    model: LayoutModel,
-    prompt: list[int],
-    pads: list[int],
-    plan: DecodePlan,
-    budget: int,
-    generator: torch.Generator | None,
-    criteria: StoppingCriteriaList,
-    streamer: Any,
-) -> list[int]:
-    new: list[int] = []
-    if streamer is not None:
-        streamer.put(torch.tensor([pads + prompt]))
-    for step in decode(model, prompt, plan, budget, generator):
-        tokens, stopped = list(step.tokens), False
-        if criteria:
-            before = pads + prompt + new
-            for count in range(1, len(tokens) + 1):
-                text = torch.tensor([before + tokens[:count]], device=model.device)
-                if bool(torch.as_tensor(criteria(text, None)).all()):
-                    tokens, stopped = tokens[:count], True
-                    break
-        new += tokens
-        if streamer is not None:
-            streamer.put(torch.tensor(tokens))
-        if stopped:
-            break
-    return new

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 
 from .acceptance import Sampling
 from .settings import TidarSettings
@@ -32,10 +33,8 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "forced_bos_token_id": (),
     "forced_eos_token_id": (),
     "guidance_scale": (1,),
-    "max_time": (),
     "min_length": (0,),
     "min_new_tokens": (0,),
-    "min_p": (0,),
     "no_repeat_ngram_size": (0,),
     "num_beam_groups": (1,),
     "num_beams": (1,),
@@ -46,9 +45,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "penalty_alpha": (0,),
     "prompt_lookup_num_tokens": (),
     "remove_invalid_values": (),
-    "repetition_penalty": (1,),
     "sequence_bias": ({}, []),
-    "stop_strings": ([],),
     "token_healing": (),
     "top_h": (),
     "typical_p": (1,),
@@ -133,12 +130,15 @@ def unpadded(ids: Tensor, attention_mask: Tensor) -> tuple[list[list[int]], list
 
 def sampling_of(config: GenerationConfig) -> Sampling:
     """How transformers would choose tokens by this config."""
+    penalty = config.repetition_penalty or 1.0
     if not config.do_sample:
-        return Sampling()
+        return Sampling(repetition_penalty=penalty)
     return Sampling(
         temperature=1.0 if config.temperature is None else config.temperature,
         top_k=_DEFAULT_TOP_K if config.top_k is None else config.top_k,
         top_p=1.0 if config.top_p is None else config.top_p,
+        min_p=config.min_p or 0.0,
+        repetition_penalty=penalty,
     )
 
 
@@ -151,3 +151,32 @@ def new_token_budget(config: GenerationConfig, prompt_length: int) -> int:
     if config.max_length <= prompt_length:
         raise ValueError(f"max_length is {config.max_length}, the prompt has {prompt_length} tokens: leave room")
     return config.max_length - prompt_length
+
+
+def all_criteria(given: Any, config: GenerationConfig, tokenizer: Any) -> StoppingCriteriaList:
+    """The caller's stopping criteria, and those that the config asks for."""
+    criteria = StoppingCriteriaList(given or [])
+    if config.max_time is not None:
+        criteria.append(MaxTimeCriteria(config.max_time))
+    if config.stop_strings:
+        if tokenizer is None:
+            raise ValueError("stop_strings need the tokenizer: pass `tokenizer=` to generate")
+        strings = [config.stop_strings] if isinstance(config.stop_strings, str) else list(config.stop_strings)
+        criteria.append(StopStringCriteria(tokenizer, strings))
+    return criteria
+
+
+def stop_by(criteria: StoppingCriteriaList, before: list[int], device: Any) -> Callable[[list[int]], int | None]:
+    """A request's `stop`: the criteria are asked after each new token, as if each had come by a forward of its own."""
+    asked = 0
+
+    def stop(tokens: list[int]) -> int | None:
+        nonlocal asked
+        while asked < len(tokens):
+            asked += 1
+            text = torch.tensor([before + tokens[:asked]], device=device)
+            if bool(torch.as_tensor(criteria(text, None)).all()):  # type: ignore[arg-type]  # there are no scores
+                return asked
+        return None
+
+    return stop

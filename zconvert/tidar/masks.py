@@ -78,7 +78,7 @@ def reach_of(config: Any, kind: str) -> Reach:
 
 
 def attention_masks(
-    family: Family, config: Any, layout: Layout, key: Layout, dtype: torch.dtype
+    family: Family, config: Any, layout: Layout, key: Layout, dtype: torch.dtype, *, uneven: bool = False
 ) -> Tensor | dict[str, Any] | None:
     """The `attention_mask` argument of a forward: one mask, or one for each kind of layer.
 
@@ -88,6 +88,7 @@ def attention_masks(
         layout: the forward's tokens, (R, N).
         key: the cache's tokens and these, (R, K).
         dtype: of the attention scores.
+        uneven: the cache holds more tokens of some rows than of others, so that there are keys which nobody sees.
 
     Returns:
         (R, 1, N, K) additive, or a dict of these by kind of layer, as the family takes it. None in place of a mask that
@@ -95,7 +96,7 @@ def attention_masks(
     """
 
     def make(reach: Reach) -> Tensor | None:
-        alone = layout.num_tokens == 1 and reach == EVERYTHING and not family.indexed
+        alone = layout.num_tokens == 1 and reach == EVERYTHING and not family.indexed and not uneven
         return None if alone else additive(visible(layout, key, reach), dtype)
 
     return route(family, config, key.num_tokens, make)

@@ -112,7 +112,8 @@ class LayoutModel:
         elif isinstance(key, PackedLayout) and self.config._attn_implementation in (FLEX, SEGMENTS):
             masks = packed_masks(self.family, self.config, key, key.num_tokens - layout.num_tokens)
         else:
-            masks = attention_masks(self.family, self.config, layout, key, self.model.dtype)
+            uneven = cache is not None and len(set(cache.lengths)) > 1
+            masks = attention_masks(self.family, self.config, layout, key, self.model.dtype, uneven=uneven)
         if self.family.mixing != "attention":
             name, past = _convolution_past(self.family, self.config)
             assert isinstance(masks, dict)

@@ -134,7 +134,7 @@ def measure(row: Row, args: argparse.Namespace) -> dict[str, Any]:
             *("--baseline", args.base, "--json"),
         )
     )
-    lossless = bench["results"]["lossless"]
+    lossless = next(entry for entry in bench["results"] if entry["sampler"] == "lossless")
     return {
         "tokens_per_forward": lossless["tokens_per_forward"],
         "speedup": lossless["speedup"],

@@ -16,7 +16,7 @@ import torch
 from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.load import load_model
 from zconvert.checkpoint.source import require_converted, resolve
-from zconvert.evaluation.bench import bench
+from zconvert.evaluation.bench import bench, points
 from zconvert.planning.calibrate import against_bench, calibrate, errors, worst
 from zconvert.planning.model import facts_from_config
 from zconvert.tidar.generate import layout_model_of
@@ -37,7 +37,8 @@ def main() -> None:
         calibrated = calibrate(config, whole=layouts)
         prompts = [tokenizer(text)["input_ids"] for text in ("Mia has 27 apples.", "Ben had 8 pens and lost 3.")]
         settings = require_converted(source)
-        measured = bench(layouts, prompts, settings, max_new_tokens=64, proposals=(1, 3, 5, 8), mix_weights=(0.5,))
+        wanted = points(max_new_tokens=(64,), proposals=((1, 3, 5, 8),), rivals=())
+        measured = bench(layouts, prompts, settings, wanted)
         rows = against_bench(shape, calibrated, measured)
     print(f"forwards of 1 to 272 tokens  {worst(errors(shape, calibrated, 4)):.0%}")
     print(f"steps of bench               {worst(rows):.0%}")

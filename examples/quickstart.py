@@ -132,9 +132,9 @@ def zconvert(*arguments: object, capture: bool = False) -> str:
 
 def bench(run_dir: Path, prompts: Path, file: Path, *more: object) -> dict[str, Any]:
     """Measures decoding into a file; returns the results."""
-    options = ("--max-new-tokens", MAX_NEW_TOKENS, "--threads", 1, "--json", *more)
+    options = ("--max-new-tokens", MAX_NEW_TOKENS, "--threads", 1, "--no-stock", "--json", *more)
     file.write_text(zconvert("bench", run_dir, "--prompts", shown(prompts), *options, capture=True))
-    return json.loads(file.read_text())["results"]
+    return {entry["sampler"]: entry for entry in json.loads(file.read_text())["results"] if entry["mode"] != "baseline"}
 
 
 def accuracy(checkpoint: Path) -> float:

@@ -26,8 +26,9 @@ ALLOWED = {
     "checkpoint": LEAVES,
     "planning": LEAVES | {"checkpoint"},
     "training": LIBRARY,
-    "evaluation": LIBRARY,
-    "cli": LIBRARY | {"training", "evaluation"},
+    "serving": LIBRARY,
+    "evaluation": LIBRARY | {"serving"},
+    "cli": LIBRARY | {"training", "serving", "evaluation"},
 }
 """what each part of the package may import of the rest (itself always, the version number always)"""
 

@@ -52,27 +52,45 @@ def test_json_is_one_document_and_nothing_else(converted: Path, prompts: Path) -
     result = run(converted, "--prompts", prompts, *options, "--threads", 1, "--device", "cpu", "--json")
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
-    assert list(document["results"]) == ["ar", "lossless", "mixed", "mixed:0.3"]
-    assert document["results"]["lossless"]["identical_prompts"] == document["prompts"] == 2
-    assert (document["checkpoint"], document["proposals"], document["dtype"]) == ("converted", [1, 3], "float32")
+    names = [entry["name"] for entry in document["results"]]
+    assert names == ["AR", "stock generate", "lossless 1,3", "mixed 0.5 1,3", "mixed 0.3 1,3"]
+    assert document["results"][2]["identical_prompts"] == document["prompts"] == 2
+    assert (document["checkpoint"], document["results"][2]["proposals"]) == ("converted", [1, 3])
+    assert document["dtype"] == "float32"
 
 
-def test_the_table_fits_80_columns_and_names_every_sampler(converted: Path, prompts: Path) -> None:
-    result = run(converted, "--prompts", prompts, "--max-new-tokens", 6, "--device", "cpu")
+def test_the_table_fits_80_columns_and_names_every_point(converted: Path, prompts: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "speed.png"
+    options = ["--batch-size", 1, "--batch-size", 2, "--mode", "single", "--mode", "two", "--mode", "auto", "--tune"]
+    result = run(converted, "--prompts", prompts, "--max-new-tokens", 6, *options, "--plot", picture, "--device", "cpu")
     assert result.exit_code == 0, result.stderr
-    assert max(map(len, result.stdout.split("\n"))) <= 80
+    lines = [line for line in result.stdout.split("\n") if not line.startswith("Forwards on")]
+    assert max(map(len, lines)) <= 80, result.stdout
     assert "3/3" in result.stdout
-    for name in ("AR", "lossless", "mixed 0.5"):
+    for name in (
+        "AR",
+        "stock generate",
+        "lossless",
+        "mixed 0.5",
+        "two forwards",
+        "auto",
+        "2 texts at a time",
+        "best of",
+    ):
         assert name in result.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert (converted / "tuning.json").exists()
 
 
-def test_it_says_plainly_when_plain_ar_is_faster(capsys: pytest.CaptureFixture[str]) -> None:
-    entry = {"tokens_per_forward": 1.0, "tokens_per_second": 9.0, "forward_ms": 1.0}
-    other = {**entry, "speedup": 0.5, "identical_prompts": 1, "accepted_histogram": {"1": 4, "2": 0}}
-    results = {"ar": entry, "lossless": other}
-    about = {"checkpoint": "c", "prompts": 1, "max_new_tokens": 5, "dtype": "float32", "device": "cpu", "threads": 1}
-    bench.show({**about, "mode": "full", "block_size": 2, "proposals": [1], "temperature": 0.0, "results": results})
-    assert "Plain AR decoding is faster here than lossless." in capsys.readouterr().out
+def test_it_says_plainly_when_plain_ar_is_faster() -> None:
+    place = {"batch_size": 1, "max_new_tokens": 5, "prompt_tokens": None}
+    results = [
+        {**place, "name": "AR", "sampler": "ar"},
+        {**place, "name": "lossless", "sampler": "lossless", "speedup": 0.5},
+        {**place, "name": "mixed 0.5", "sampler": "mixed", "speedup": 1.5},
+    ]
+    said = [str(line) for line in bench._verdicts(results)]
+    assert said == ["plain AR decoding is faster here than lossless.", "mixed 0.5 1.50× as fast as plain AR."]
 
 
 @pytest.mark.parametrize(

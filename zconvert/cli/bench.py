@@ -1,10 +1,12 @@
-"""`zconvert bench`: AR, lossless and mixed decoding of one checkpoint, on the same prompts in the same run."""
+"""`zconvert bench`: the speed of one checkpoint's ways of decoding, on the same prompts in the same run."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,6 +18,9 @@ from zconvert.cli import options
 from zconvert.cli.ui import err, out, print_json
 from zconvert.errors import UserError
 from zconvert.tidar.settings import TidarSettings
+
+if TYPE_CHECKING:
+    from zconvert.serving.tuning import Times
 
 BUILT_IN_PROMPTS = (
     "The sun rises in the east and",
@@ -32,6 +37,14 @@ BUILT_IN_PROMPTS = (
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
+class Mode(StrEnum):
+    """Values of --mode."""
+
+    SINGLE = "single"
+    TWO = "two"
+    AUTO = "auto"
+
+
 def command(
     checkpoint: options.Checkpoint,
     prompts: Annotated[
@@ -39,17 +52,46 @@ def command(
         typer.Option(help='JSONL file, one {"prompt": …} (or {"text": …}) a line. Default: a few English sentences.'),
     ] = None,
     num_prompts: Annotated[int | None, typer.Option(min=1, help="Take only so many, from the start.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens for a prompt.")] = 128,
+    batch_size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Texts at a time; may be given several times.", show_default="1")
+    ] = None,
+    max_new_tokens: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens for a prompt at most; likewise.", show_default="128")
+    ] = None,
+    prompt_tokens: Annotated[
+        list[int] | None, typer.Option(min=1, help="Cut or repeat prompts to so many tokens; likewise.")
+    ] = None,
+    mode: Annotated[
+        list[Mode] | None,
+        typer.Option(
+            help="single: a forward verifies and drafts; two: they take turns; auto: as suits the machine; likewise.",
+            show_default="single",
+        ),
+    ] = None,
+    proposals: Annotated[
+        list[str] | None,
+        typer.Option(metavar="1,3,5", help="Accepted counts that get a proposal block; likewise."),
+    ] = None,
+    block_size: options.BlockSize = None,
     mix_weight: Annotated[
         list[float] | None,
-        typer.Option(min=0.0, max=1.0, help="w of a mixed sampler; may be given several times.", show_default="0.5"),
+        typer.Option(min=0.0, max=1.0, help="w of a mixed sampler; likewise.", show_default="0.5"),
     ] = None,
     baseline: Annotated[
         str | None, typer.Option(help="Another checkpoint, such as the source: plain AR, and whether texts are its.")
     ] = None,
+    stock: Annotated[bool, typer.Option(help="Measure `generate` of stock transformers, too.")] = True,
+    prompt_lookup: Annotated[
+        bool, typer.Option("--prompt-lookup", help="And with its prompt lookup: no conversion needed.")
+    ] = False,
+    assistant: Annotated[
+        str | None, typer.Option(help="And with this smaller checkpoint as the assistant: no conversion needed.")
+    ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Show what --mode auto knows of this machine and would choose.")
+    ] = False,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    proposals: options.Proposals = None,
-    block_size: options.BlockSize = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the speeds into this PNG file.")] = None,
     dtype: options.DtypeOption = options.Dtype.FLOAT32,
     device: options.DeviceOption = options.Device.AUTO,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's choice.")] = None,
@@ -58,42 +100,75 @@ def command(
     revision: options.Revision = None,
     token: options.Token = None,
 ) -> None:
-    """Measure decoding speed: plain AR, lossless and mixed, on the same prompts, one sequence at a time."""
-    counts = options.accepted_counts(proposals, block_size)
+    """Measure decoding speed against plain AR and stock transformers, on the same prompts, in turns.
+
+    Example: zconvert bench CHECKPOINT --prompts prompts.jsonl --batch-size 1 --batch-size 8 --mode single --mode auto
+    """
+    sets = [options.accepted_counts(each, block_size) for each in dict.fromkeys(proposals or [])] or [None]
     texts = list(BUILT_IN_PROMPTS) if prompts is None else read_prompts(prompts)
     texts = texts[:num_prompts]
     with err.status(Text(f"Reading {checkpoint} …")):
         # Settings are checked before whole weights are fetched or read.
         source = resolve(checkpoint, revision=revision, token=token, weights=False)
         settings = require_converted(source)
-        _check_fit(settings, block_size, counts)
+        for counts in sets:
+            _check_fit(settings, block_size, counts)
         source = resolve(checkpoint, revision=revision, token=token)
         model, tokenizer = _load(source, str(dtype), str(device), threads)
-        plain = None
-        if baseline is not None:
-            plain, _ = _load(resolve(baseline, token=token), str(dtype), str(device), threads)
+        plain, helper = (
+            None if name is None else _load(resolve(name, token=token), str(dtype), str(device), threads)[0]
+            for name in (baseline, assistant)
+        )
     from zconvert.checkpoint.load import end_token_ids, prompt_ids
-    from zconvert.evaluation.bench import bench
+    from zconvert.evaluation.bench import bench, points
+    from zconvert.evaluation.bench_plot import draw
+    from zconvert.serving.tuning import times_of
     from zconvert.tidar.generate import layout_model_of
     from zconvert.tidar.model import LayoutModel
 
+    modes = [str(each) for each in mode or [Mode.SINGLE]]
+    batches, times = batch_size or [1], None
     with _progress() as progress:
+        if "auto" in modes or tune:
+            timing = progress.add_task("Timing forwards", total=None)
+            times = times_of(
+                layout_model_of(model),
+                settings,
+                max(batches),
+                source.folder,
+                on_progress=lambda done, total: progress.update(timing, completed=done, total=total),
+            )
         task = progress.add_task("Decoding", total=len(texts))
+        rivals = {"stock": stock, "prompt_lookup": prompt_lookup, "assisted": assistant is not None}
         measured = bench(
             layout_model_of(model),
             [prompt_ids(tokenizer, text) for text in texts],
             settings,
+            points(
+                batch_sizes=batches,
+                max_new_tokens=max_new_tokens or [128],
+                prompt_tokens=prompt_tokens or [None],
+                modes=modes,
+                mix_weights=mix_weight or [0.5],
+                proposals=sets,
+                block_size=block_size,
+                rivals=[name for name, wanted in rivals.items() if wanted],
+                baseline=baseline is not None,
+            ),
             eos_token_ids=end_token_ids(model, tokenizer),
-            max_new_tokens=max_new_tokens,
-            mix_weights=mix_weight or [0.5],
             temperature=temperature,
-            proposals=counts,
-            block_size=block_size,
             seed=seed,
+            times=times,
             baseline=None if plain is None else LayoutModel(plain),
+            assistant=helper,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     document = {"checkpoint": source.name, "revision": source.revision, "baseline": baseline, **measured}
+    if tune:
+        assert times is not None
+        document["tuning"] = tuning_of(times, settings, document)
+    if plot is not None:
+        draw(document, plot)
     if as_json:
         print_json(document)
     else:
@@ -135,37 +210,116 @@ def show(document: dict[str, Any]) -> None:
     results = document["results"]
     out.print(Text(f"{document['checkpoint']}", style="bold"))
     out.print(
-        f"{document['prompts']} prompts of at most {document['max_new_tokens']} new tokens, one at a time; "
-        f"{document['dtype']} on {document['device']}, {document['threads']} threads\n"
-        f"blocks of {document['block_size']}, proposals after {_list(document['proposals'])} accepted tokens, "
-        f"temperature {document['temperature']:g}"
+        f"{_plural(document['prompts'], 'prompt')}; {document['dtype']} on {document['device']}, "
+        f"{_plural(document['threads'], 'thread')}; temperature {document['temperature']:g}; "
+        f"blocks of {document['block_size']}"
     )
     if document["mode"] == "gated":
-        out.print("gated: AR is the source itself")
+        out.print("gated: AR is the source itself, and so lossless text is the source's")
+    for place in dict.fromkeys(_place(entry) for entry in results):
+        out.print()
+        out.print(place)
+        out.print(_table([entry for entry in results if _place(entry) == place], document))
+    for entry in results:
+        if "unavailable" in entry:
+            out.print(Text(f"{entry['name']} does not work for this model: {entry['unavailable']}", style="yellow"))
+    if "tuning" in document:
+        _show_tuning(document["tuning"])
     out.print()
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("Sampler", no_wrap=True)
+    for line in _verdicts(results):
+        out.print(line)
+
+
+def _place(entry: dict[str, Any]) -> str:
+    prompt = "" if entry["prompt_tokens"] is None else f"{entry['prompt_tokens']} tokens of prompt, "
+    at_once = "one text at a time" if entry["batch_size"] == 1 else f"{entry['batch_size']} texts at a time"
+    return f"{at_once}, {prompt}at most {entry['max_new_tokens']} new tokens"
+
+
+def _table(entries: list[dict[str, Any]], document: dict[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("", no_wrap=True)
+    compared = document["baseline"] is not None
     # 80 columns hold either of the two.
-    either = "same as\nbaseline" if "baseline" in results else "ms per\nforward"
-    for name in ("tokens per\nforward", "tokens/s", "against\nAR", either, "same text\nas AR"):
+    for name in ("tokens /\nforward", "tokens/s", "against\nAR", "source's\ntext" if compared else "against\nstock"):
         table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("AR's\ntext", justify="right", no_wrap=True)
     table.add_column(f"accepted\n1 … {document['block_size']}", no_wrap=True)
-    for name, entry in results.items():
-        same, histogram = entry.get("identical_prompts"), entry.get("accepted_histogram")
+    total = document["prompts"]
+    for entry in entries:
+        if "unavailable" in entry:
+            table.add_row(entry["name"], *["–"] * 4)
+            continue
+        stock = _times(entry.get("speedup_over_stock"))
+        histogram = entry.get("accepted_histogram")
         table.add_row(
-            _label(name, entry),
-            f"{entry['tokens_per_forward']:.2f}",
+            entry["name"],
+            f"{entry['tokens_per_forward']:.2f}" if "tokens_per_forward" in entry else "",
             f"{entry['tokens_per_second']:.1f}",
-            f"{entry['speedup']:.2f}×" if "speedup" in entry else "",
-            _of(entry.get("identical_to_baseline"), document["prompts"])
-            if "baseline" in results
-            else f"{entry['forward_ms']:.1f}",
-            _of(same, document["prompts"]),
+            _times(entry.get("speedup")) if entry["mode"] != "ar" else "",
+            _of(entry.get("identical_to_baseline"), total) if compared else stock if entry["mode"] != "stock" else "",
+            _of(entry.get("identical_prompts"), total),
             "" if histogram is None else bars(list(histogram.values())),
         )
-    out.print(table)
+    return table
+
+
+def tuning_of(times: Times, settings: TidarSettings, document: dict[str, Any]) -> dict[str, Any]:
+    """What --mode auto would choose from, at each batch size, by the drafts that this run accepted."""
+    from zconvert.evaluation.bench import entry_of
+    from zconvert.serving.tuning import choices, options, rates_of_histogram
+
+    lossless = entry_of(document, sampler="lossless")
+    rates = rates_of_histogram(lossless["accepted_histogram"] if lossless else {}, settings.block_size)
+    ranked = {}
+    for rows in dict.fromkeys(entry["batch_size"] for entry in document["results"]):
+        best = choices(times, options(rates), rows)
+        ranked[str(rows)] = [
+            {
+                "mode": choice.option.mode,
+                "block_size": choice.option.block_size,
+                "proposals": list(choice.option.proposals),
+                "tokens_per_forward": choice.option.tokens_per_forward,
+                "forward_ms": 1000 * choice.seconds,
+                "tokens_per_second": choice.tokens_per_second,
+            }
+            for choice in best
+        ]
+    seconds = {str(rows): {str(n): 1000 * s for n, s in row.items()} for rows, row in times.seconds.items()}
+    return {"machine": times.machine, "forward_ms": seconds, "slot_rates": list(rates), "choices": ranked}
+
+
+def _show_tuning(tuning: dict[str, Any]) -> None:
     out.print()
-    out.print(_verdict(results))
+    out.print(Text(f"Forwards on {tuning['machine']}", style="bold"), soft_wrap=True)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    tokens = list(next(iter(tuning["forward_ms"].values())))
+    shown = [n for n in tokens if n in ("1", "16", "17", "32", "64", "112", "208") or n == tokens[-1]] or tokens
+    table.add_column("ms, by rows\nand tokens a row", no_wrap=True)
+    for n in shown:
+        table.add_column(n, justify="right", no_wrap=True)
+    for rows, row in tuning["forward_ms"].items():
+        table.add_row(rows, *[f"{row[n]:.1f}" for n in shown])
+    out.print(table)
+    for rows, ranked in tuning["choices"].items():
+        out.print()
+        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+        table.add_column(f"batch {rows}: the best of each mode", no_wrap=True)
+        for name in ("block", "proposals", "tokens /\nforward", "ms", "tokens/s"):
+            table.add_column(name, justify="right", no_wrap=True)
+        seen: set[str] = set()
+        for choice in ranked:
+            if choice["mode"] not in seen:
+                seen.add(choice["mode"])
+                table.add_row(
+                    choice["mode"],
+                    str(choice["block_size"]),
+                    _list(choice["proposals"]),
+                    f"{choice['tokens_per_forward']:.2f}",
+                    f"{choice['forward_ms']:.1f}",
+                    f"{choice['tokens_per_second']:.0f}",
+                )
+        out.print(table)
 
 
 def bars(counts: list[int]) -> str:
@@ -178,21 +332,30 @@ def bars(counts: list[int]) -> str:
     return "".join(_BARS[-(-8 * count // top)] for count in counts)
 
 
-def _verdict(results: dict[str, Any]) -> Text:
-    slower = [_label(name, entry) for name, entry in results.items() if entry.get("speedup", 1.0) < 1]
-    if slower:
-        return Text(f"Plain AR decoding is faster here than {_list(slower)}.", style="bold yellow")
-    best = max((name for name in results if "speedup" in results[name]), key=lambda name: results[name]["speedup"])
-    return Text.assemble(
-        "Lossless decoding is ",
-        (f"{results['lossless']['speedup']:.2f}×", "bold green"),
-        " as fast as plain AR",
-        f"; {_label(best, results[best])} {results[best]['speedup']:.2f}×." if best != "lossless" else ".",
-    )
+def _verdicts(results: list[dict[str, Any]]) -> Iterator[Text]:
+    """What it comes to, for each place."""
+    for place in dict.fromkeys(_place(entry) for entry in results):
+        own = [e for e in results if _place(e) == place and e["sampler"] in ("lossless", "mixed") and "speedup" in e]
+        at = f"With {place.split(',')[0]}: " if len({_place(entry) for entry in results}) > 1 else ""
+        slower = [entry["name"] for entry in own if entry["speedup"] < 1]
+        if slower:
+            yield Text(f"{at}plain AR decoding is faster here than {'; '.join(slower)}.", style="bold yellow")
+        faster = [entry for entry in own if entry["speedup"] >= 1]
+        if faster:
+            best = max(faster, key=lambda entry: entry["speedup"])
+            exact = [entry for entry in faster if entry["sampler"] == "lossless"]
+            shown = [max(exact, key=lambda entry: entry["speedup"])] if exact else []
+            shown += [best] if best not in shown else []
+            speeds = "; ".join(f"{entry['name']} {entry['speedup']:.2f}×" for entry in shown)
+            yield Text(f"{at}{speeds} as fast as plain AR.", style="bold green")
 
 
-def _label(name: str, entry: dict[str, Any]) -> str:
-    return {"ar": "AR", "lossless": "lossless", "baseline": "baseline"}.get(name) or f"mixed {entry['mix_weight']:g}"
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}×"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _of(count: int | None, total: int) -> str:

@@ -1,183 +1,337 @@
-"""Decoding speed by sampler, in one run on the same prompts: plain AR, lossless, and mixed by each weight."""
+"""Decoding speed, all on the same prompts in one run: plain AR, drafts of every kind, and what transformers offers.
+
+Points (a way of decoding at a batch size and lengths) take turns, a few prompts each, so that whatever else the machine
+does hits all of them alike. Two baselines: plain AR through our own cache, and `generate` of stock transformers. Rivals
+are what a user could pick without converting: prompt lookup and assisted decoding.
+"""
 
 from __future__ import annotations
 
+import resource
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from zconvert.evaluation.stock import StockDecoder
+from zconvert.serving.tuning import AutoPlan, Times
 from zconvert.tidar.acceptance import Sampling
-from zconvert.tidar.decoding import DecodePlan
-from zconvert.tidar.engine import decode
+from zconvert.tidar.decoding import DecodePlan, Request
+from zconvert.tidar.engine import Engine
 from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.settings import TidarSettings
 
 WARM_UP_TOKENS = 32
+MODES = ("single", "two", "auto")
 
 Progress = Callable[[int, int], None]
-"""told after each prompt: prompts done, prompts in all"""
+"""told after each turn of all points: prompts done, prompts in all"""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A way of decoding."""
+
+    mode: str
+    """ar, single, two, auto; stock, prompt_lookup, assisted (by transformers); baseline (another model's AR)"""
+    sampler: str
+    """ar, lossless, mixed"""
+    batch_size: int
+    max_new_tokens: int
+    prompt_tokens: int | None = None
+    """prompts are cut to, or filled up to, so many; None: as they are"""
+    proposals: tuple[int, ...] | None = None
+    """None: the checkpoint's"""
+    block_size: int | None = None
+    mix_weight: float | None = None
+
+    @property
+    def place(self) -> tuple[int, int, int | None]:
+        """Points of one place are compared."""
+        return self.batch_size, self.max_new_tokens, self.prompt_tokens
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        if self.mode in ("ar", "stock", "prompt_lookup", "assisted", "baseline"):
+            return {"ar": "AR", "stock": "stock generate"}.get(self.mode, self.mode.replace("_", " "))
+        sampler = "lossless" if self.mix_weight is None else f"mixed {self.mix_weight:g}"
+        how = {"single": "", "two": ", two forwards", "auto": ", auto"}[self.mode]
+        return f"{sampler}{how}" + (f" {','.join(map(str, self.proposals))}" if self.proposals else "")
 
 
 @dataclass
 class _Tally:
-    """What one sampler did over all prompts so far. `forwards` and all else but `seconds` leave the prefill out."""
+    """What one point did over all prompts so far. `forwards` and all else but `seconds` leave the prefill out."""
 
     texts: list[tuple[int, ...]] = field(default_factory=list)
     seconds: float = 0.0
     """prefill included"""
-    decode_seconds: float = 0.0
     forwards: int = 0
-    tokens_in_forwards: int = 0
+    """of each text, added up: a forward over eight texts is eight"""
     accepted: Counter[int] = field(default_factory=Counter)
+    by_tokens: dict[int, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0, 0.0]))
+    """tokens of a forward, all rows together -> how many such forwards, seconds of all of them"""
+    memory_mb: float = 0.0
+    failed: str | None = None
 
     @property
     def tokens(self) -> int:
         return sum(map(len, self.texts))
 
 
+Decoder = Callable[[Sequence[list[int]], int, int, _Tally], None]
+"""decodes prompts: their ids, new tokens at most, the first one's seed, where it is counted"""
+
+
+def points(
+    *,
+    batch_sizes: Sequence[int] = (1,),
+    max_new_tokens: Sequence[int] = (128,),
+    prompt_tokens: Sequence[int | None] = (None,),
+    modes: Sequence[str] = ("single",),
+    mix_weights: Sequence[float] = (0.5,),
+    proposals: Sequence[tuple[int, ...] | None] = (None,),
+    block_size: int | None = None,
+    rivals: Sequence[str] = ("stock",),
+    baseline: bool = False,
+) -> list[Point]:
+    """Every point of some settings, AR first in each place.
+
+    Prompt lookup and assisted decoding take one text at a time, so that they stand at batch size 1 alone.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+    if unknown := set(modes) - set(MODES):
+        raise ValueError(f"mode is {sorted(unknown)[0]!r}, expected one of {', '.join(MODES)}")
+    found = []
+    places = [(b, n, p) for b in batch_sizes for n in max_new_tokens for p in prompt_tokens]
+    for batch_size, length, prompt in dict.fromkeys(places):
+        own = Point("ar", "ar", batch_size, length, prompt)
+        found += [own, *[replace(own, mode=rival) for rival in rivals if rival == "stock" or batch_size == 1]]
+        if baseline:
+            found.append(replace(own, mode="baseline"))
+        for mode in dict.fromkeys(modes):
+            for counts in proposals if mode == "single" else (None,):
+                way = replace(own, mode=mode, sampler="lossless", proposals=counts, block_size=block_size)
+                found += [way, *[replace(way, sampler="mixed", mix_weight=w) for w in dict.fromkeys(mix_weights)]]
+    return found
+
+
 def bench(
     model: LayoutModel,
     prompts: Sequence[list[int]],
     settings: TidarSettings,
+    wanted: Sequence[Point],
     *,
     eos_token_ids: frozenset[int] = frozenset(),
-    max_new_tokens: int = 128,
-    mix_weights: Sequence[float] = (0.5,),
     temperature: float = 0.0,
-    proposals: tuple[int, ...] | None = None,
-    block_size: int | None = None,
     seed: int = 0,
+    times: Times | None = None,
     baseline: LayoutModel | None = None,
+    assistant: Any = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Decodes every prompt with every sampler, one sequence at a time, and compares them.
-
-    The samplers take turns prompt by prompt, so that whatever else the machine does hits all of them alike. Each one
-    first decodes a little untimed.
+    """Decodes every prompt in every way, and compares them. Each way first decodes a little untimed.
 
     Args:
         model: of a converted checkpoint.
         prompts: token ids, each at least one.
         settings: the checkpoint's.
+        wanted: see `points`.
         eos_token_ids: tokens that end a text.
-        max_new_tokens: at most so many tokens for a prompt.
-        mix_weights: one mixed sampler for each.
         temperature: 0 is greedy, the only case in which texts can be compared.
-        proposals: accepted counts that get a block of mask slots; None: the checkpoint's.
-        block_size: tokens a forward can yield at most; None: the checkpoint's.
-        seed: of the random numbers; every sampler draws from the same stream at each prompt.
+        seed: of the random numbers; every point draws from the same stream at each prompt.
+        times: of forwards on this machine, for `auto`.
         baseline: another model, the source say, to decode by plain AR and to compare texts with.
-        on_progress: told after each prompt.
+        assistant: a model of transformers that drafts for assisted decoding.
+        on_progress: told after each turn.
 
     Returns:
-        A JSON document; one entry for each sampler under `results`: `ar`, `lossless`, `mixed` (the first weight) and
-        `mixed:<w>` (the others), and `baseline`. `forwards` counts decoding forwards, without the prefills; the first
-        token of a text comes from its prefill, so tokens per forward leave it out. `seconds` and tokens per second
-        include prefills.
+        A JSON document; under `results` one entry for each point, in order. `forwards` counts decoding forwards,
+        without the prefills; the first token of a text comes from its prefill, so tokens per forward leave it out.
+        `seconds` and tokens per second include prefills. `speedup` is against AR, `speedup_over_stock` against stock
+        transformers, in the same place. A rival that does not work for this model has `unavailable`, the reason, in
+        place of numbers.
 
     Raises:
         ValueError: no prompts, or a setting out of range.
     """
     if not prompts:
         raise ValueError("there are no prompts")
-    plans = {"ar": DecodePlan.autoregressive(settings.mask_token_id, Sampling(temperature), eos_token_ids)}
-    weights = {"lossless": 1.0, **mixed_names(mix_weights)}
-    for name, weight in weights.items():
-        sampling = Sampling(temperature, mix_weight=weight)
-        plans[name] = DecodePlan.tidar(settings, sampling, eos_token_ids, proposals=proposals, block_size=block_size)
-    models = dict.fromkeys(plans, model)
-    if baseline is not None:
-        models["baseline"], plans["baseline"] = baseline, plans["ar"]
-    for name, plan in plans.items():
-        _run(models[name], prompts[0], plan, min(max_new_tokens, WARM_UP_TOKENS), seed, _Tally())
-    tallies = {name: _Tally() for name in plans}
-    for number, prompt in enumerate(prompts):
-        for name, plan in plans.items():
-            _run(models[name], prompt, plan, max_new_tokens, seed + number, tallies[name])
+    decoders = {
+        point: _decoder(point, model, settings, eos_token_ids, temperature, times, baseline, assistant)
+        for point in wanted
+    }
+    tallies = {point: _Tally() for point in wanted}
+    for point, decode in decoders.items():
+        warm = _fitted(prompts[: point.batch_size], point.prompt_tokens)
+        _turn(decode, warm, min(point.max_new_tokens, WARM_UP_TOKENS), seed, scratch := _Tally())
+        tallies[point].failed = scratch.failed
+    largest = max(point.batch_size for point in wanted)
+    turn = 4 if largest == 1 else 4 * largest  # prompts: enough for a batch to be full most of the time
+    for start in range(0, len(prompts), turn):
+        for point, decode in decoders.items():
+            if tallies[point].failed is None:
+                chosen = _fitted(prompts[start : start + turn], point.prompt_tokens)
+                _turn(decode, chosen, point.max_new_tokens, seed + start, tallies[point])
         if on_progress is not None:
-            on_progress(number + 1, len(prompts))
-    results = {"ar": _speed(tallies["ar"])}
-    for name, weight in weights.items():
-        extra = {} if name == "lossless" else {"mix_weight": weight}
-        results[name] = {**extra, **_against(tallies[name], tallies["ar"], plans[name], greedy=temperature == 0)}
-    if baseline is not None:
-        for name, entry in results.items():
-            entry["identical_to_baseline"] = _identical(tallies[name], tallies["baseline"], temperature == 0)
-        results["baseline"] = _speed(tallies["baseline"])
+            on_progress(min(start + turn, len(prompts)), len(prompts))
     return {
         "prompts": len(prompts),
-        "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "seed": seed,
-        "batch_size": 1,
         "mode": settings.mode,
-        "block_size": plans["lossless"].block_size,
-        "proposals": list(plans["lossless"].proposals),
+        "block_size": wanted[-1].block_size or settings.block_size,
         "dtype": str(model.model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "threads": torch.get_num_threads(),
-        "results": results,
+        "results": [_entry(point, tallies, greedy=temperature == 0, settings=settings) for point in wanted],
     }
 
 
-def mixed_names(weights: Sequence[float]) -> dict[str, float]:
-    """Names the mixed samplers in `results`; a repeated weight is one sampler.
+def entry_of(document: dict[str, Any], **fields: Any) -> dict[str, Any] | None:
+    """The first entry of a bench document whose fields are these.
 
-    >>> mixed_names([0.5, 0.3, 0.5])
-    {'mixed': 0.5, 'mixed:0.3': 0.3}
+    >>> entry_of({"results": [{"mode": "ar"}, {"mode": "two", "speedup": 2}]}, mode="two")["speedup"]
+    2
     """
-    unique = list(dict.fromkeys(weights))
-    return {"mixed" if i == 0 else f"mixed:{weight:g}": weight for i, weight in enumerate(unique)}
+    matching = (e for e in document["results"] if all(e.get(key) == value for key, value in fields.items()))
+    return next(matching, None)
 
 
-def _run(
-    model: LayoutModel, prompt: list[int], plan: DecodePlan, max_new_tokens: int, seed: int, tally: _Tally
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    tokens: list[int] = []
+def _decoder(
+    point: Point,
+    model: LayoutModel,
+    settings: TidarSettings,
+    eos: frozenset[int],
+    temperature: float,
+    times: Times | None,
+    baseline: LayoutModel | None,
+    assistant: Any,
+) -> Decoder:
+    if point.mode in ("stock", "prompt_lookup", "assisted"):
+        stock = StockDecoder(model.model, point.mode, eos, settings.mask_token_id, temperature, assistant)
+        return lambda prompts, length, seed, tally: _by_stock(stock, point, prompts, length, seed, tally)
+    sampling = Sampling(temperature, mix_weight=1.0 if point.mix_weight is None else point.mix_weight)
+    if point.mode in ("ar", "baseline"):
+        plan = DecodePlan.autoregressive(settings.mask_token_id, sampling, eos)
+    else:
+        two, size = point.mode == "two", point.block_size
+        plan = DecodePlan.tidar(settings, sampling, eos, proposals=point.proposals, block_size=size, two_forwards=two)
+    if point.mode == "baseline":
+        assert baseline is not None
+        model = baseline
+    engine = Engine(model, plan, max_batch=point.batch_size)
+    if point.mode == "auto":
+        assert times is not None
+        engine.replan = AutoPlan(times, settings)
+    return lambda prompts, length, seed, tally: _by_engine(engine, prompts, length, seed, tally)
+
+
+def _turn(decode: Decoder, prompts: Sequence[list[int]], length: int, seed: int, tally: _Tally) -> None:
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    decode(prompts, length, seed, tally)
+    peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tally.memory_mb = max(tally.memory_mb, peak / 2**20)
+
+
+def _by_engine(engine: Engine, prompts: Sequence[list[int]], length: int, seed: int, tally: _Tally) -> None:
     # Every step ends in numbers on the CPU, so these clocks need no further synchronisation on a GPU.
-    started = prefilled = time.perf_counter()
-    for step in decode(model, prompt, plan, max_new_tokens, generator):
-        if not tokens:
-            prefilled = time.perf_counter()
-        else:
-            tally.forwards += 1
-            tally.tokens_in_forwards += step.tokens_in_forward
-            tally.accepted[step.accepted] += 1
-        tokens += step.tokens
-    ended = time.perf_counter()
-    tally.seconds += ended - started
-    tally.decode_seconds += ended - prefilled
-    tally.texts.append(tuple(tokens))
+    started = before = time.perf_counter()
+    results = [engine.add(Request(prompt, length, seed=seed + i)) for i, prompt in enumerate(prompts)]
+    while not engine.idle:
+        prefills = engine.counters.prefills
+        events = engine.step()
+        now = time.perf_counter()
+        if events and engine.counters.prefills == prefills:
+            kind = tally.by_tokens[sum(step.tokens_in_forward for _, step in events)]
+            kind[0] += 1
+            kind[1] += now - before
+        before = now
+    tally.seconds += before - started
+    for result in results:
+        tally.texts.append(tuple(result.tokens))
+        tally.forwards += result.forwards
+        tally.accepted.update(result.accepted)
 
 
-def _speed(tally: _Tally) -> dict[str, Any]:
-    forwards = max(tally.forwards, 1)  # none at all where every text ended with its first token
-    return {
-        "tokens_per_forward": (tally.tokens - len(tally.texts)) / forwards,
-        "tokens_per_second": tally.tokens / tally.seconds,
-        "tokens": tally.tokens,
+def _by_stock(
+    stock: StockDecoder, point: Point, prompts: Sequence[list[int]], length: int, seed: int, tally: _Tally
+) -> None:
+    for start in range(0, len(prompts), point.batch_size):
+        torch.manual_seed(seed + start)
+        started = time.perf_counter()
+        try:
+            texts = stock.generate(prompts[start : start + point.batch_size], length)
+        except Exception as error:  # whatever a model's own code does not like about this way of decoding
+            tally.failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+            return
+        tally.seconds += time.perf_counter() - started
+        tally.texts += map(tuple, texts)
+
+
+def _fitted(prompts: Sequence[list[int]], tokens: int | None) -> list[list[int]]:
+    """Prompts of so many tokens: the last ones of long prompts, short ones repeated."""
+    if tokens is None:
+        return list(prompts)
+    return [(prompt * -(-tokens // len(prompt)))[-tokens:] for prompt in prompts]
+
+
+def _entry(point: Point, tallies: dict[Point, _Tally], *, greedy: bool, settings: TidarSettings) -> dict[str, Any]:
+    tally = tallies[point]
+    ours = point.mode not in ("stock", "prompt_lookup", "assisted")
+    head: dict[str, Any] = {
+        "name": point.name,
+        "mode": point.mode,
+        "sampler": point.sampler,
+        "batch_size": point.batch_size,
+        "max_new_tokens": point.max_new_tokens,
+        "prompt_tokens": point.prompt_tokens,
+    }
+    if point.mode == "single":
+        size = point.block_size or settings.block_size
+        head["proposals"] = list(point.proposals or [k for k in settings.default_proposals() if k <= size])
+    if point.mix_weight is not None:
+        head["mix_weight"] = point.mix_weight
+    if tally.failed is not None:
+        return {**head, "unavailable": tally.failed}
+    rate = tally.tokens / tally.seconds
+    entry = {**head, "tokens_per_second": rate, "tokens": tally.tokens, "seconds": tally.seconds}
+    entry["memory_mb"] = tally.memory_mb
+
+    def other(mode: str) -> _Tally | None:
+        found = (t for p, t in tallies.items() if p.mode == mode and p.place == point.place and t.failed is None)
+        return next(found, None)
+
+    for name, key in (("ar", "speedup"), ("stock", "speedup_over_stock")):
+        if (base := other(name)) is not None and base.tokens:
+            entry[key] = rate / (base.tokens / base.seconds)
+    for name, key in (("ar", "identical_prompts"), ("baseline", "identical_to_baseline")):
+        if greedy and (base := other(name)) is not None and name != point.mode:
+            entry[key] = sum(a == b for a, b in zip(tally.texts, base.texts, strict=True))
+    if not ours:
+        return entry
+    pure = [(n, count, seconds) for n, (count, seconds) in sorted(tally.by_tokens.items())]
+    forwards, seconds = sum(count for _, count, _ in pure), sum(s for _, _, s in pure)
+    entry |= {
+        # None at all where every text ended with its first token.
+        "tokens_per_forward": (tally.tokens - len(tally.texts)) / max(tally.forwards, 1),
         "forwards": tally.forwards,
-        "seconds": tally.seconds,
-        "tokens_in_forward": tally.tokens_in_forwards / forwards,
-        "forward_ms": 1000 * tally.decode_seconds / forwards,
+        "tokens_in_forward": sum(n * count for n, count, _ in pure) / max(forwards, 1),
+        "forward_ms": 1000 * seconds / max(forwards, 1),
+        "forward_ms_by_tokens": {str(n): 1000 * s / count for n, count, s in pure},
     }
-
-
-def _identical(tally: _Tally, other: _Tally, greedy: bool) -> int | None:
-    return sum(a == b for a, b in zip(tally.texts, other.texts, strict=True)) if greedy else None
-
-
-def _against(tally: _Tally, ar: _Tally, plan: DecodePlan, *, greedy: bool) -> dict[str, Any]:
-    own, base = _speed(tally), _speed(ar)
-    return {
-        **own,
-        "speedup": own["tokens_per_second"] / base["tokens_per_second"],
-        "forward_cost": own["forward_ms"] / base["forward_ms"] if base["forward_ms"] else 0.0,
-        "identical_prompts": _identical(tally, ar, greedy),
-        "accepted_histogram": {str(n): tally.accepted[n] for n in range(1, plan.block_size + 1)},
-    }
+    if point.mode not in ("ar", "baseline"):
+        ar = other("ar")
+        own = sum(s for _, s in ar.by_tokens.values()) / max(sum(n for n, _ in ar.by_tokens.values()), 1) if ar else 0
+        entry["forward_cost"] = entry["forward_ms"] / (1000 * own) if own else 0.0
+        size = point.block_size or settings.block_size
+        entry["accepted_histogram"] = {str(n): tally.accepted[n] for n in range(1, size + 1)}
+    return entry

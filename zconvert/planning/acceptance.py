@@ -142,8 +142,11 @@ def yield_of(rates: tuple[float, ...], proposals: tuple[int, ...]) -> Yield:
             if share > 1e-9:
                 for target, chance, _ in targets:
                     following[target] += share * chance
+        moved = sum(abs(a - b) for a, b in zip(state, following, strict=True))
         # Halves of two steps: a chain that alternates settles too.
         state = following if step < _STEPS else [(a + b) / 2 for a, b in zip(state, following, strict=True)]
+        if moved < 1e-6:
+            break
     accepted = sum(share * chance * n for share, ts in zip(state, moves, strict=True) for _, chance, n in ts)
     causal = sum(share * (size - anchor) for anchor, share in enumerate(state))
     blocks = sum(share * len(_planned(proposals, size - anchor)) for anchor, share in enumerate(state))
@@ -151,12 +154,17 @@ def yield_of(rates: tuple[float, ...], proposals: tuple[int, ...]) -> Yield:
 
 
 @lru_cache(maxsize=64)
-def best_sets(rates: tuple[float, ...]) -> tuple[Yield, ...]:
-    """For each number of proposals, 1 … B, a set of them that yields most, found by adding the best count each time."""
+def best_sets(rates: tuple[float, ...], most: int | None = None) -> tuple[Yield, ...]:
+    """For each number of proposals, 1 … B, a set of them that yields most, found by adding the best count each time.
+
+    Args:
+        rates: of the slots of a block, B of them.
+        most: proposals in a set; None: B.
+    """
     size = len(rates)
     chosen: tuple[int, ...] = ()
     found = []
-    for _ in range(size):
+    for _ in range(min(size, most or size)):
         sets = [tuple(sorted((*chosen, count))) for count in range(1, size + 1) if count not in chosen]
         best = max((yield_of(rates, each) for each in sets), key=lambda each: each.accepted)
         found.append(best)
@@ -165,16 +173,19 @@ def best_sets(rates: tuple[float, ...]) -> tuple[Yield, ...]:
 
 
 def two_forwards(rates: Sequence[float]) -> Yield:
-    """One forward verifies, a second one drafts after the token that is known then: every draft starts at slot 1."""
-    size, accepted, chain = len(rates), 1.0, 1.0
+    """One forward verifies, a second one drafts after the token that is known then: every draft starts at slot 1.
+
+    The drafting forward reads that token too, and so yields one more by plain AR. Of both together.
+    """
+    size, accepted, chain = len(rates), 2.0, 1.0
     for rate in rates[1:]:
         chain *= rate
         accepted += chain
-    return Yield((), accepted, 2 * size, size)
+    return Yield((), accepted, 2 * size + 1, size + 1)
 
 
 def _planned(proposals: tuple[int, ...], causal: int) -> tuple[int, ...]:
-    """Counts that get a block in a forward over so many causal tokens, as tidar/decoding.py plans them."""
+    """Counts that get a block in a forward over so many causal tokens, as DecodePlan.blocks plans them."""
     return tuple(k for k in proposals if k <= causal) or (1,)
 
 

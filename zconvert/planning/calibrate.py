@@ -327,12 +327,13 @@ def against_bench(facts: ModelFacts, calibrated: Calibrated, bench: dict[str, An
     """
     weight_bytes = 4 if bench.get("dtype") == "float32" else 2
     try:
-        results = {name: entry for name, entry in bench["results"].items() if name != "baseline"}
+        # One sequence at a time by one forward a step: what calibration times.
+        results = [e for e in bench["results"] if e["mode"] in ("ar", "single") and e["batch_size"] == 1]
         ar = predicted_seconds(facts, calibrated, 1, weight_bytes)
         rows = []
-        for name, entry in results.items():
+        for entry in results:
             seconds = predicted_seconds(facts, calibrated, entry["tokens_in_forward"], weight_bytes)
-            row = {"sampler": name, **_error(entry["tokens_in_forward"], seconds, entry["forward_ms"] / 1e3)}
+            row = {"sampler": entry["name"], **_error(entry["tokens_in_forward"], seconds, entry["forward_ms"] / 1e3)}
             if "forward_cost" in entry:
                 row["predicted_speedup"] = entry["tokens_per_forward"] * ar / seconds
                 row["measured_speedup"] = entry["tokens_per_forward"] / entry["forward_cost"]

@@ -245,10 +245,17 @@ def predict(
         for plan in plans:
             step = single_forward(model, device, batch_size, context, plan, size)
             offer("single", step.seconds, plan.accepted, size, plan.proposals)
-        verify = forward(model, device, batch_size, context, size, causal=size, logits=size)
-        draft = forward(model, device, batch_size, context, size, causal=1, logits=size, verifies=False)
+        verify, draft = two_forward_step(model, device, batch_size, context, size)
         offer("two", verify.seconds + draft.seconds, two_forwards(rates).accepted, size, ())
     return list(cells.values())
+
+
+def two_forward_step(
+    model: ModelFacts, device: Device, batch_size: int, context: int, size: int
+) -> tuple[Forward, Forward]:
+    """A forward that verifies a block's drafts, and one that reads the next token and drafts after it."""
+    verify = forward(model, device, batch_size, context, size, causal=size, logits=size)
+    return verify, forward(model, device, batch_size, context, size + 1, causal=1, logits=size, verifies=False)
 
 
 def _given(rates: tuple[float, ...], proposals: tuple[int, ...]) -> Yield:

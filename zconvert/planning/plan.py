@@ -13,9 +13,9 @@ from zconvert.planning.decoding import (
     Forward,
     ar_forward,
     blocks_under_roofline,
-    forward,
     predict,
     single_forward,
+    two_forward_step,
     yield_of,
 )
 from zconvert.planning.layouts import Layout, layouts
@@ -132,10 +132,7 @@ def explain(model: ModelFacts, device: Device, curve: Curve, cell: Cell) -> dict
     if cell.mode == "single":
         steps = [single_forward(model, device, batch, context, yield_of(curve.cut(size).rates, cell.proposals), size)]
     else:
-        steps = [
-            forward(model, device, batch, context, size, causal=causal, logits=size, verifies=causal > 1)
-            for causal in (size, 1)
-        ]
+        steps = list(two_forward_step(model, device, batch, context, size))
     seconds = sum(step.seconds for step in steps)
     return {
         "batch_size": batch,

@@ -10,8 +10,8 @@ What a row does depends on its own text and random numbers alone, never on what 
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -39,6 +39,7 @@ class _Row:
     next_token: int = 0
     drafted: tuple[_Drafted, int] | None = None  # drafts to verify: a batch of them, and the row's place in it
     num_drafts: int = 0
+    first_slot: int = 0  # of its block that the first draft came from
     seen: Tensor | None = None  # (V,) bool, with a repetition penalty
 
     def uniform(self, count: int) -> Tensor:
@@ -65,8 +66,17 @@ class Counters:
     """of new text"""
     requests: int = 0
     """finished, cancelled ones included"""
-    accepted: dict[int, int] = field(default_factory=dict)
-    """how often a forward gave a text so many tokens"""
+    verified: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+    """how often so it went: the slot of its block that a text's first draft came from, how many drafts there were, and
+    n, the tokens accepted"""
+
+    @property
+    def accepted(self) -> Counter[int]:
+        """How often a forward gave a text so many tokens."""
+        total: Counter[int] = Counter()
+        for (_, _, accepted), count in self.verified.items():
+            total[accepted] += count
+        return total
 
 
 class Engine:
@@ -89,6 +99,8 @@ class Engine:
         if max_batch < 1 or prefill_chunk < 1:
             raise ValueError(f"max_batch is {max_batch} and prefill_chunk {prefill_chunk}, expected at least 1 each")
         self.plan = plan
+        self.replan: Callable[[Engine], None] | None = None
+        """called before each forward over texts; may set another plan"""
         self.counters = Counters()
         self._queue: deque[tuple[Result, torch.Generator | None]] = deque()
         self._model = model
@@ -144,6 +156,8 @@ class Engine:
         events = self._read_step()
         self._sweep()
         if decoding := [row for row in self._rows if not row.prompt]:
+            if self.replan is not None:
+                self.replan(self)
             events += self._decode_step(decoding)
             self._sweep()
         return events
@@ -223,7 +237,8 @@ class Engine:
         place = torch.tensor(counts, device=hidden.device) - 1
         told = self._verify(rows, hidden[torch.arange(len(rows), device=hidden.device), place][:, None])
         events = [self._advance(row, tokens, 0, hidden.shape[1]) for row, (_, tokens) in zip(rows, told, strict=True)]
-        self._draft(rows, hidden, [width + 1] * len(rows), [plan.block_size - 1 if drafting else 0] * len(rows))
+        slots = plan.block_size - 1 if drafting else 0
+        self._draft(rows, hidden, [width + 1] * len(rows), [slots] * len(rows))
         return events
 
     def _decode_step(self, rows: list[_Row]) -> list[tuple[Result, Step]]:
@@ -311,7 +326,7 @@ class Engine:
             tokens = result.tokens[before:]
         if accepted:
             result.accepted.append(accepted)
-            self.counters.accepted[accepted] = self.counters.accepted.get(accepted, 0) + 1
+            self.counters.verified[row.first_slot, row.num_drafts, accepted] += 1
         self.counters.tokens += len(tokens)
         row.left -= len(tokens)
         row.drafted, row.num_drafts = None, 0
@@ -347,6 +362,7 @@ class Engine:
             batch = _Drafted(group, make_drafts(logits, number, sampling, uniform))
             for place_in_batch, (row, index) in enumerate(zip(group, members, strict=True)):
                 row.drafted, row.num_drafts = (batch, place_in_batch), wanted[index]
+                row.first_slot = self.plan.block_size - counts[index]  # a block's last slots are the ones left
 
     def _text_logits(self, hidden: Tensor) -> Tensor:
         """(…, hidden) -> (…, V) float32 logits in which the mask token cannot be chosen."""

@@ -1,0 +1,1 @@
+"""The engine in use: plans that follow the machine and the text."""

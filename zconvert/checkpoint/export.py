@@ -22,7 +22,7 @@ from zconvert.checkpoint.provenance import PROVENANCE_FILE, SOURCE_FILES, proven
 from zconvert.checkpoint.source import Source, read_config, require_converted
 from zconvert.checkpoint.weights import check_written
 from zconvert.errors import UserError
-from zconvert.tidar.settings import GATED_FILE, TidarSettings
+from zconvert.tidar.settings import BIGRAM_FILE, GATED_FILE, TidarSettings
 
 CODE_FOLDER = "custom_generate"
 REQUIREMENTS = ("torch>=2.11", "transformers>=5.17")
@@ -89,13 +89,14 @@ def export(
         if headers.indexed:
             copy(source / INDEX_FILE, folder / INDEX_FILE)
         copy_companions(source, folder, without=texts)
-        if settings.mode == "gated":
-            (folder / GATED_FILE).parent.mkdir(exist_ok=True)
-            copy(source / GATED_FILE, folder / GATED_FILE)
-            weights[GATED_FILE] = {
-                "bytes": (folder / GATED_FILE).stat().st_size,
-                "sha256": _verified_hash(source, folder, GATED_FILE),
-            }
+        for name in (GATED_FILE, BIGRAM_FILE):
+            if (source / name).exists():
+                (folder / name).parent.mkdir(exist_ok=True)
+                copy(source / name, folder / name)
+                weights[name] = {
+                    "bytes": (folder / name).stat().st_size,
+                    "sha256": _verified_hash(source, folder, name),
+                }
         _write_code(folder / CODE_FOLDER)
         kept = {k: v for k, v in read_json(source / PROVENANCE_FILE).items() if k == SOURCE_FILES}
         origin = provenance(settings, **kept, weights=dict(weights), results=results)

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, cast
 
 from zconvert.checkpoint.headers import INDEX_FILE, MAX_HEADER_BYTES, SINGLE_FILE, ShardFiles
 from zconvert.errors import UserError
-from zconvert.tidar.settings import GATED_FILE
+from zconvert.tidar.settings import BIGRAM_FILE, GATED_FILE
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*", "README.md"]
 # Copies for other programs are in sub-folders; what is wanted are additional_chat_templates/*.jinja and tidar/source.
@@ -63,7 +63,10 @@ def fetch(
                     name,
                     revision=revision,
                     token=token,
-                    allow_patterns=[*SMALL_FILES, *map(glob.escape, [*shards, GATED_FILE] if shards else [])],
+                    allow_patterns=[
+                        *SMALL_FILES,
+                        *map(glob.escape, [*shards, GATED_FILE, BIGRAM_FILE] if shards else []),
+                    ],
                     ignore_patterns=_IGNORED,
                     tqdm_class=reporter,
                 )

@@ -19,11 +19,13 @@ from zconvert.checkpoint.mask_token import EMBEDDING_NAMES, HEAD_NAMES
 from zconvert.checkpoint.provenance import PROVENANCE_FILE, carried_on
 from zconvert.errors import UserError
 from zconvert.tidar.families import language_config
-from zconvert.tidar.settings import GATED_FILE, TidarSettings
+from zconvert.tidar.settings import BIGRAM_FILE, GATED_FILE, TidarSettings
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+    from zconvert.tidar.bigram import Bigrams
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -113,6 +115,7 @@ def save_trained(
     dtype: Literal["source", "float32", "bfloat16"] = "source",
     extra_texts: Mapping[str, str] | None = None,
     pieces: Iterable[dict[str, torch.Tensor]] | None = None,
+    bigrams: Bigrams | None = None,
 ) -> None:
     """Writes a trained model as a checkpoint that looks like the one it was loaded from.
 
@@ -129,6 +132,7 @@ def save_trained(
             than most of its tensors (routers' biases) stays wide.
         extra_texts: further files to write, instead of the base's where it has them: text by file name.
         pieces: the model's tensors, from `pieces_on_disk`; for a sharded model, in the process that writes.
+        bigrams: of the training text, for its drafts.
 
     Raises:
         UserError: `out` exists or cannot be written, or the model's tensors are not those of the base.
@@ -155,11 +159,18 @@ def save_trained(
         copy_companions(base, folder, without=texts)
         for name, text in texts.items():
             (folder / name).write_bytes(text.encode())
+        _save_bigrams(bigrams, folder)
         check_written(folder, targets)
 
 
 def save_gated(
-    weights: Any, base: Path, out: Path, *, settings: TidarSettings, extra_texts: Mapping[str, str] | None = None
+    weights: Any,
+    base: Path,
+    out: Path,
+    *,
+    settings: TidarSettings,
+    extra_texts: Mapping[str, str] | None = None,
+    bigrams: Bigrams | None = None,
 ) -> None:
     """Writes a gated checkpoint: the base's files, its weights by link where the disk can, and the gated weights.
 
@@ -169,6 +180,7 @@ def save_gated(
         out: folder to write; must not exist.
         settings: written to the `tidar` section of `config.json`.
         extra_texts: see `save_trained`.
+        bigrams: likewise.
 
     Raises:
         UserError: `out` exists or cannot be written.
@@ -193,7 +205,17 @@ def save_gated(
         save_file(tensors, path, metadata={"format": "pt"})
         for name, text in texts.items():
             (folder / name).write_bytes(text.encode())
+        _save_bigrams(bigrams, folder)
         check_written(folder, headers.tensors)
+
+
+def _save_bigrams(bigrams: Bigrams | None, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    if bigrams is not None:
+        path = folder / BIGRAM_FILE
+        path.parent.mkdir(exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in bigrams.tensors().items()}, path)
 
 
 def check_written(folder: Path, expected: Mapping[str, TensorInfo]) -> None:

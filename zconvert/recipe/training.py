@@ -39,7 +39,7 @@ class TrainingDiffusion(Section):
     bigram_tokens: int = Field(
         2_000_000,
         ge=0,
-        description="training tokens from which the checkpoint learns which token follows which, for its drafts; 0: none",
+        description="training tokens in which it is counted which token follows which, for the drafts; 0: none",
     )
 
 

@@ -40,8 +40,7 @@ def measured_section(results: Mapping[str, Any] | None, evaluation: Mapping[str,
 
 
 def _speed(results: Mapping[str, Any]) -> str:
-    entries = results.get("results", results)
-    entries = entries if isinstance(entries, Mapping) else {}
+    entries = _by_name(results.get("results", results))
     rows = {k: v for k, v in entries.items() if isinstance(v, Mapping) and _number(v, "tokens_per_second")}
     if not rows:
         raise UserError(
@@ -58,6 +57,18 @@ def _speed(results: Mapping[str, Any]) -> str:
             lines.append(f"\nAccuracy: {text} {accuracy['accuracy']:.1%}.")
     facts = _facts(results) | {key: entries[key] for key in ("prompts",) if isinstance(entries.get(key), int)}
     return "\n".join([*lines, *_measured_with(facts)])
+
+
+def _by_name(entries: Any) -> Mapping[str, Any]:
+    """The entries of a bench document, which are a list, by what they are called; or those that have names already."""
+    if isinstance(entries, list):
+        entries = {_called(entry): entry for entry in entries if isinstance(entry, Mapping)}
+    return entries if isinstance(entries, Mapping) else {}
+
+
+def _called(entry: Mapping[str, Any]) -> str:
+    batch, tokens = entry.get("batch_size", 1), entry.get("prompt_tokens")
+    return f"{entry.get('name')}" + (f", batch {batch}" if batch != 1 else "") + (f", after {tokens}" if tokens else "")
 
 
 def _tasks(evaluation: Mapping[str, Any]) -> list[str]:

@@ -115,8 +115,8 @@ def save_trained(
     dtype: Literal["source", "float32", "bfloat16"] = "source",
     extra_texts: Mapping[str, str] | None = None,
     pieces: Iterable[dict[str, torch.Tensor]] | None = None,
-    entry: Mapping[str, Any] | None = None,
     bigrams: Bigrams | None = None,
+    entry: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a trained model as a checkpoint that looks like the one it was loaded from.
 
@@ -133,8 +133,8 @@ def save_trained(
             than most of its tensors (routers' biases) stays wide.
         extra_texts: further files to write, instead of the base's where it has them: text by file name.
         pieces: the model's tensors, from `pieces_on_disk`; for a sharded model, in the process that writes.
-        entry: of the stage, for the history in `provenance.json`.
         bigrams: of the training text, for its drafts.
+        entry: of the stage, for the history in `provenance.json`.
 
     Raises:
         UserError: `out` exists or cannot be written, or the model's tensors are not those of the base.
@@ -172,8 +172,8 @@ def save_gated(
     *,
     settings: TidarSettings,
     extra_texts: Mapping[str, str] | None = None,
-    entry: Mapping[str, Any] | None = None,
     bigrams: Bigrams | None = None,
+    entry: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a gated checkpoint: the base's files, its weights by link where the disk can, and the gated weights.
 
@@ -183,8 +183,8 @@ def save_gated(
         out: folder to write; must not exist.
         settings: written to the `tidar` section of `config.json`.
         extra_texts: see `save_trained`.
-        entry: see `save_trained`.
         bigrams: likewise.
+        entry: see `save_trained`.
 
     Raises:
         UserError: `out` exists or cannot be written.

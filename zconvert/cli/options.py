@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from enum import StrEnum
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from zconvert.tidar.settings import check_proposals
+from zconvert.errors import UserError
+from zconvert.tidar.settings import TidarSettings, check_proposals
+
+if TYPE_CHECKING:
+    from zconvert.tidar.decoding import DecodePlan
+    from zconvert.tidar.engine import Engine
+    from zconvert.tidar.model import LayoutModel
 
 
 class Dtype(StrEnum):
@@ -27,6 +35,22 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class Sampler(StrEnum):
+    """Values of --sampler."""
+
+    LOSSLESS = "lossless"
+    MIXED = "mixed"
+    AR = "ar"
+
+
+class Mode(StrEnum):
+    """Values of --mode."""
+
+    SINGLE = "single"
+    TWO = "two"
+    AUTO = "auto"
+
+
 Checkpoint = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder, a training run's folder, or a Hub id.")
 ]
@@ -34,6 +58,19 @@ BlockSize = Annotated[int | None, typer.Option(min=2, help="Tokens a forward can
 Proposals = Annotated[
     str | None,
     typer.Option(metavar="1,3,5", help="Accepted counts that get a proposal block. Default: the checkpoint's."),
+]
+SamplerOption = Annotated[
+    Sampler, typer.Option(help="lossless: as AR would sample; mixed: faster, not exact; ar: one token a forward.")
+]
+MixWeight = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Of --sampler mixed: share of AR in what verifies. Default: 0.5."),
+]
+ModeOption = Annotated[
+    Mode,
+    typer.Option(
+        help="single: forwards verify and draft at once; two: they take turns; auto: whichever is faster here."
+    ),
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: the checkpoint's own.")]
 DeviceOption = Annotated[Device, typer.Option(help="auto: a GPU where there is one.")]
@@ -85,3 +122,75 @@ def size_in_bytes(text: str, option: str) -> int:
     if count < 1:
         raise typer.BadParameter(f"{text!r} is no size, such as 5GB or 500MB", param_hint=option)
     return count
+
+
+def plan(
+    settings: TidarSettings,
+    sampler: Sampler,
+    mix_weight: float | None,
+    mode: Mode,
+    proposals: tuple[int, ...] | None,
+    block_size: int | None,
+    **sampling: Any,
+) -> DecodePlan:
+    """The decoding that these options ask for; its end tokens are left open.
+
+    Args:
+        settings: of the checkpoint.
+        sampler: value of --sampler.
+        mix_weight: of --mix-weight.
+        mode: of --mode.
+        proposals: of --proposals, see `accepted_counts`.
+        block_size: of --block-size.
+        **sampling: fields of `Sampling`.
+
+    Raises:
+        UserError: they do not go together, or with the checkpoint.
+    """
+    from zconvert.tidar.acceptance import Sampling
+    from zconvert.tidar.generate import plan_of
+
+    if mode is Mode.AUTO and (proposals, block_size) != (None, None):
+        raise typer.BadParameter("it chooses proposals and block sizes itself", param_hint="--mode auto")
+    try:
+        return plan_of(
+            settings,
+            Sampling(**sampling),
+            frozenset(),
+            sampler=str(sampler),
+            mix_weight=mix_weight,
+            proposals=proposals,
+            block_size=block_size,
+            mode=str(Mode.SINGLE if mode is Mode.AUTO else mode),
+        )
+    except ValueError as error:
+        raise UserError(f"these options cannot work: {error}", fix="see the command's --help") from error
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """Whole numbers from 1 with commas between them, in order and without repeats.
+
+    Raises:
+        typer.BadParameter: it is no such list.
+
+    >>> numbers("4,1,4", "--k")
+    [1, 4]
+    """
+    try:
+        found = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        found = [0]
+    if found[0] < 1:
+        raise typer.BadParameter(f"{text!r} is no list of whole numbers from 1, such as 1,4,16", param_hint=option)
+    return found
+
+
+def follow_machine(
+    mode: Mode, model: LayoutModel, settings: TidarSettings, folder: Path, batch_size: int
+) -> Callable[[Engine], None] | None:
+    """What --mode auto sets an engine's plan by, after timing this machine where that was not done yet; else None."""
+    if mode is not Mode.AUTO:
+        return None
+    from zconvert.serving.tuning import AutoPlan, times_of
+
+    return AutoPlan(times_of(model, settings, batch_size, folder), settings)

@@ -83,7 +83,13 @@ class Engine:
     """Decodes requests together. `add` them, then `step` until `idle`."""
 
     def __init__(
-        self, model: LayoutModel, plan: DecodePlan, *, max_batch: int = 8, prefill_chunk: int = PREFILL_CHUNK
+        self,
+        model: LayoutModel,
+        plan: DecodePlan,
+        *,
+        max_batch: int = 8,
+        prefill_chunk: int = PREFILL_CHUNK,
+        replan: Callable[[Engine], None] | None = None,
     ) -> None:
         """Makes an engine with an empty cache.
 
@@ -92,6 +98,7 @@ class Engine:
             plan: see DecodePlan; another may be set between steps.
             max_batch: texts decoded at a time; further requests wait.
             prefill_chunk: tokens of one prompt in a forward at most.
+            replan: called before each forward over texts; may set another plan.
 
         Raises:
             ValueError: max_batch or prefill_chunk below 1.
@@ -99,8 +106,7 @@ class Engine:
         if max_batch < 1 or prefill_chunk < 1:
             raise ValueError(f"max_batch is {max_batch} and prefill_chunk {prefill_chunk}, expected at least 1 each")
         self.plan = plan
-        self.replan: Callable[[Engine], None] | None = None
-        """called before each forward over texts; may set another plan"""
+        self.replan = replan
         self.counters = Counters()
         self._queue: deque[tuple[Result, torch.Generator | None]] = deque()
         self._model = model
@@ -225,8 +231,10 @@ class Engine:
         ends = len(rows[0].prompt) <= self._chunk
         drafting = ends and not plan.two_forwards and any(plan.blocks(0, row.left) for row in rows)
         self._cache.open(first, end)
-        width, mask = max(counts), plan.mask_token_id
-        ids = torch.tensor([chunk + [mask] * (width - len(chunk)) for chunk in chunks], device=self._model.device)
+        width = max(counts)
+        # Filled up with any token that the model has, which a source's mask token need not be; nothing sees it.
+        filled = [chunk + chunk[-1:] * (width - len(chunk)) for chunk in chunks]
+        ids = torch.tensor(filled, device=self._model.device)
         hidden = self._forward(ids, [(count,) for count in counts] if drafting else ())
         self._cache.commit(counts)
         self.counters.prefills += 1

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.checkpoint.loopback_hub import LoopbackHub, serve
 from tests.checkpoint.pushed import TOKEN, Pushes
 from tests.checkpoint.test_old_transformers import CONFIGS
+from tests.checkpoint.test_verify_export import trained_gated
 from tests.environments import HERE, make_environment, run_in
 from zconvert.checkpoint.export import export
 from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.source import resolve
+from zconvert.tidar.settings import GATED_FILE
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "tiny-zaya" / "checkpoint"
 
@@ -39,6 +42,9 @@ for trust in options.pop("trust", [False, True]):
                        do_sample=False)[0].tolist()
         for p in prompts
     ]
+layout = model.__dict__.get("_tidar_layout_model")
+if layout is not None and layout.gated is not None:
+    answer["gated"] = sum(float(p.abs().sum()) for p in layout.gated.parameters())
 answer["module"] = getattr(getattr(model.generate, "func", None), "__module__", None)
 print(json.dumps(answer))
 """
@@ -78,17 +84,26 @@ def test_the_quickstarts_model_runs_where_zconvert_is_not_installed(
     assert all(len(text) > len(prompt) for text, prompt in zip(answer["plain"], PROMPTS, strict=True))
 
 
+@pytest.mark.parametrize("mode", ["full", "gated"])
 def test_an_export_is_pushed_and_runs_from_the_hub_where_zconvert_is_not_installed(
-    bare_python: Path, quickstart: Path, tmp_path: Path
+    bare_python: Path, quickstart: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path, mode: str
 ) -> None:
+    if mode == "gated":
+        folder, later = tmp_path / "0" / "name", tmp_path / "1" / "name"
+        for seed, out in enumerate((folder, later)):
+            export(trained_gated(tiny_checkpoint("mixtral"), out.parent, seed), out)
+    else:
+        folder = later = quickstart
     (tmp_path / "hub").mkdir()
     with serve(LoopbackHub({}, pushes=Pushes(tmp_path / "hub"))) as hub:
         environment = {**hub.environment(tmp_path), "HF_TOKEN": TOKEN}
         environment.pop("HF_HOME")
-        pushed = run_in(HERE, PUSH, quickstart, "org/name", home=tmp_path, PYTHONPATH=package_path(), **environment)
+        environment["PYTHONPATH"] = package_path()
+        first, _ = (run_in(HERE, PUSH, made, "org/name", home=tmp_path, **environment) for made in (folder, later))
         assert hub.pushes is not None
         assert hub.pushes.repositories["org/name"].private
-        options = json.dumps({"revision": pushed["commit"]})
+        del environment["PYTHONPATH"]
+        options = json.dumps({"revision": first["commit"]})
         (tmp_path / "elsewhere").mkdir()
         answer = run_in(
             bare_python, GENERATE, "org/name", json.dumps(PROMPTS), options, home=tmp_path / "elsewhere", **environment
@@ -96,6 +111,9 @@ def test_an_export_is_pushed_and_runs_from_the_hub_where_zconvert_is_not_install
     assert answer["zconvert"] == "no"
     assert answer["tidar"] == answer["plain"]
     assert answer["module"].startswith("transformers_modules.")
+    if mode == "gated":  # of the commit that was asked for
+        pushed = sum(float(tensor.abs().sum()) for tensor in load_file(folder / GATED_FILE).values())
+        assert answer["gated"] == pytest.approx(pushed, rel=1e-4)
 
 
 def package_path() -> str:

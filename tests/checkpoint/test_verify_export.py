@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -37,15 +38,17 @@ def convert(source: Path, folder: Path, **choices: Any) -> Source:
 
 
 @torch.no_grad()
-def trained_gated(source: Path, folder: Path) -> Source:
+def trained_gated(source: Path, folder: Path, seed: int = 0) -> Source:
     """A gated checkpoint whose added weights are random ones, that are felt."""
+    torch.manual_seed(seed)
     converted = convert(source, folder, gated=GatedParts(rank=2, mlp_width=8))
     model, _ = load_model(converted, dtype="float32", device="cpu")
     weights = layout_model_of(model).gated
     assert weights is not None
     for parameter in weights.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.2)
-    save_gated(weights, converted.folder, folder / "trained", settings=require_converted(converted))
+    settings = dataclasses.replace(require_converted(converted), stages=("midtrain",))
+    save_gated(weights, converted.folder, folder / "trained", settings=settings)
     return resolve(folder / "trained")
 
 

@@ -7,6 +7,7 @@ option that is silently dropped would change the distribution of the text.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -234,8 +235,14 @@ def _own_file(config: Any, file: str) -> str | None:
         return path if os.path.exists(path) else None
     if not isinstance(getattr(config.get_text_config(), "tidar", None), dict):
         return None  # no checkpoint of ours: nothing is asked of the Hub
-    options: dict[str, Any] = {"revision": config._commit_hash, "_raise_exceptions_for_missing_entries": False}
+    options: dict[str, Any] = {"revision": _commit(config), "_raise_exceptions_for_missing_entries": False}
     return cached_file(name, file, **options) if name else None
+
+
+def _commit(config: Any) -> str | None:
+    """The commit that a model of the Hub was loaded from: newer transformers tell it only by where this file lies."""
+    folder = os.path.basename(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    return getattr(config, "_commit_hash", None) or (folder if re.fullmatch(r"[0-9a-f]{40}", folder) else None)
 
 
 def token_ids(value: int | list[int] | Tensor | None) -> frozenset[int]:

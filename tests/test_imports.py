@@ -15,7 +15,7 @@ import zconvert
 PACKAGE = Path(zconvert.__file__).parent
 
 LEAVES = {"errors", "recipe", "tidar"}
-LIBRARY = LEAVES | {"data", "checkpoint", "planning"}
+LIBRARY = LEAVES | {"data", "checkpoint", "planning", "page"}
 ALLOWED = {
     "__init__": set(),
     "__main__": {"cli"},
@@ -24,6 +24,7 @@ ALLOWED = {
     "recipe": {"errors", "tidar.settings"},  # settings: one definition of the block size and its checks
     "data": LEAVES | {"checkpoint.folder"},  # folders that appear whole: tokenised data are kept in such
     "checkpoint": LEAVES,
+    "page": {"errors", "checkpoint.folder"},
     "planning": LEAVES | {"checkpoint"},
     "training": LIBRARY,
     "serving": LIBRARY,
@@ -108,6 +109,7 @@ def run_python(code: str) -> str:
         "zconvert.checkpoint.source",
         "zconvert.checkpoint.headers",
         "zconvert.checkpoint.mask_token",
+        "zconvert.evaluation.tasks",
         "zconvert.planning.calibrate",
         "zconvert.planning.plan",
         "zconvert.tidar.families",

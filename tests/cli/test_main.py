@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 COMMANDS = (
-    *("inspect", "convert-init", "midtrain", "extend-context", "sft", "generate", "bench", "export", "run", "report"),
-    "recipes",
+    *("inspect", "convert-init", "midtrain", "extend-context", "sft", "generate", "bench", "evaluate", "score"),
+    *("export", "run", "report", "tasks", "recipes"),
 )
 
 # A command of its own for each way in which one can end, under the same frame as the real ones.

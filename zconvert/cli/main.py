@@ -10,10 +10,12 @@ from zconvert import __version__
 from zconvert.cli import (
     bench,
     convert_init,
+    evaluate,
     export,
     extend_context,
     generate,
     inspect,
+    lm_eval,
     midtrain,
     plan,
     recipes,
@@ -21,14 +23,15 @@ from zconvert.cli import (
     run,
     serve,
     sft,
+    tasks,
     ui,
 )
 
 app = typer.Typer(
     name="zconvert",
     help="Turn an autoregressive Mixture-of-Experts checkpoint into a block-diffusion model, the TiDAR way.",
-    epilog="One after another: inspect → convert-init → midtrain → extend-context → sft → bench → generate → export; "
-    "or by one file: run. Recipes to copy: zconvert recipes list.",
+    epilog="One after another: inspect → convert-init → midtrain → extend-context → sft → bench → evaluate → "
+    "generate → export; or by one file: run. Recipes to copy: zconvert recipes list.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -97,7 +100,38 @@ app.command(
 app.command("bench", epilog=_examples("zconvert bench ./my-run", "zconvert bench ./my-run --json > bench.json"))(
     ui.handled(bench.command)
 )
-app.command("export", epilog=_examples("zconvert export ./my-run --out ./my-tidar-model"))(ui.handled(export.command))
+app.command(
+    "evaluate",
+    epilog=_examples(
+        "zconvert evaluate ./my-run --tasks gsm8k --limit 200",
+        "zconvert evaluate ./my-run --baseline ./source --tasks humaneval --k 1,4,16 --samplers ar,lossless,mix:0.5 "
+        "--allow-code-exec",
+        "zconvert evaluate ./my-run --tasks gsm8k=./my-copy.jsonl,./my-task.yaml",
+    ),
+)(ui.handled(evaluate.command))
+app.command("score", epilog=_examples("zconvert score ./my-run/evaluation --allow-code-exec"))(
+    ui.handled(evaluate.score)
+)
+app.add_typer(
+    tasks.app,
+    name="tasks",
+    epilog=_examples("zconvert tasks list", "zconvert tasks check gsm8k=./my-copy.jsonl"),
+)
+app.command(
+    "lm-eval",
+    context_settings=lm_eval.CONTEXT,
+    epilog=_examples(
+        "zconvert lm-eval run --model zconvert --model_args pretrained=./my-run,sampler=mix:0.5 --tasks gsm8k"
+    ),
+)(ui.handled(lm_eval.command))
+app.command(
+    "export",
+    epilog=_examples(
+        "zconvert export ./my-run --out ./my-tidar-model",
+        "zconvert export ./my-run --hub my-name/my-tidar-model --private --dry-run",
+        "zconvert export ./my-run --check vllm",
+    ),
+)(ui.handled(export.command))
 app.command(
     "run",
     epilog=_examples("zconvert run recipes/quickstart/pipeline.yaml", "zconvert run pipeline.yaml --dry-run"),

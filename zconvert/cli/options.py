@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -95,6 +96,26 @@ def accepted_counts(text: str | None, block_size: int | None = None) -> tuple[in
         ) from None
 
 
+def size_in_bytes(text: str, option: str) -> int:
+    """A size as people write it.
+
+    Args:
+        text: a number with B, KB, MB, GB or TB behind it; units are powers of 1000.
+        option: that it is the value of.
+
+    Raises:
+        typer.BadParameter: it is no such size.
+
+    >>> size_in_bytes("1.5GB", "--max-shard-size")
+    1500000000
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", text.strip(), re.IGNORECASE)
+    count = int(float(match[1]) * 1000 ** ("KMGT".find(match[2].upper()) + 1 if match[2] else 0)) if match else 0
+    if count < 1:
+        raise typer.BadParameter(f"{text!r} is no size, such as 5GB or 500MB", param_hint=option)
+    return count
+
+
 def plan(
     settings: TidarSettings,
     sampler: Sampler,
@@ -134,3 +155,21 @@ def plan(
         )
     except ValueError as error:
         raise UserError(f"these options cannot work: {error}", fix="see the command's --help") from error
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """Whole numbers from 1 with commas between them, in order and without repeats.
+
+    Raises:
+        typer.BadParameter: it is no such list.
+
+    >>> numbers("4,1,4", "--k")
+    [1, 4]
+    """
+    try:
+        found = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        found = [0]
+    if found[0] < 1:
+        raise typer.BadParameter(f"{text!r} is no list of whole numbers from 1, such as 1,4,16", param_hint=option)
+    return found

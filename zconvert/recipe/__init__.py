@@ -19,6 +19,7 @@ from zconvert.recipe.loading import (
 from zconvert.recipe.parallel import ParallelRecipe
 from zconvert.recipe.pipeline import ExportRecipe, PipelineRecipe
 from zconvert.recipe.sections import Recipe
+from zconvert.recipe.task import TaskRecipe
 from zconvert.recipe.training import MidtrainRecipe, SftRecipe, TrainingRecipe
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Recipe",
     "SelfGeneratedRecipe",
     "SftRecipe",
+    "TaskRecipe",
     "TrainingRecipe",
     "dump_recipe",
     "load_checked",

@@ -225,8 +225,10 @@ class Engine:
         ends = len(rows[0].prompt) <= self._chunk
         drafting = ends and not plan.two_forwards and any(plan.blocks(0, row.left) for row in rows)
         self._cache.open(first, end)
-        width, mask = max(counts), plan.mask_token_id
-        ids = torch.tensor([chunk + [mask] * (width - len(chunk)) for chunk in chunks], device=self._model.device)
+        width = max(counts)
+        # Filled up with any token that the model has, which a source's mask token need not be; nothing sees it.
+        filled = [chunk + chunk[-1:] * (width - len(chunk)) for chunk in chunks]
+        ids = torch.tensor(filled, device=self._model.device)
         hidden = self._forward(ids, [(count,) for count in counts] if drafting else ())
         self._cache.commit(counts)
         self.counters.prefills += 1

@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import cached_file
 
+from ._requirements import OLDEST  # noqa: F401  # first of all
 from .acceptance import Sampling
 from .bigram import Bigrams
 from .decoding import DecodePlan, Request, Result

@@ -5,27 +5,18 @@ Everything is read from what a run leaves: `metrics.jsonl`, `routing.json`, `con
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zconvert.checkpoint.folder import writing
 from zconvert.errors import UserError
+from zconvert.page import png, write_page
 from zconvert.training.context import CONTEXT_FILE
 from zconvert.training.loop import METRICS_FILE
 from zconvert.training.moe import ROUTING_FILE
-
-PAGE = "report.html"
-_STYLE = (
-    "body{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}"
-    "img{max-width:100%}td,th{padding:.2rem 1rem .2rem 0;text-align:right}td:first-child,th:first-child"
-    "{text-align:left}pre{background:#f5f5f5;padding:1rem;overflow:auto}"
-)
 
 
 @dataclass(frozen=True)
@@ -93,29 +84,11 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """
     run = Run.read(run_dir)
     images = {name: image for name, draw in _FIGURES.items() if (image := _png(draw, run)) is not None}
-    folder = run_dir / "report" if out is None else out
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, image in images.items():
-            _place(folder / f"{name}.png", image)
-        _place(folder / PAGE, _page(run, images).encode())
-    return folder / PAGE
+    return write_page(run_dir / "report" if out is None else out, _title(run), images, **_page(run))
 
 
 def _png(draw: Callable[[Run, Any], bool], run: Run) -> bytes | None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(
-            "drawing needs matplotlib", found=error, fix="pip install matplotlib, or zconvert with the extra `report`"
-        ) from error
-    figure = Figure(figsize=(8, 4), layout="constrained")  # on its own, without a window system
-    axes = figure.subplots()
-    if not draw(run, axes):
-        return None
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
-    return buffer.getvalue()
+    return png(lambda figure: draw(run, figure.subplots()))
 
 
 def _losses(run: Run, axes: Any) -> bool:
@@ -218,24 +191,21 @@ def _labelled(axes: Any, title: str, y: str, x: str = "step") -> bool:
     return True
 
 
-def _page(run: Run, images: dict[str, bytes]) -> str:
+def _title(run: Run) -> str:
     last = run.rows[-1]
-    title = f"{run.folder.resolve().name}, step {last['step']} of {last['max_steps']}"
-    numbers = {key: value for key, value in last.items() if isinstance(value, int | float)}
+    return f"{run.folder.resolve().name}, step {last['step']} of {last['max_steps']}"
+
+
+def _page(run: Run) -> dict[str, str]:
+    """What stands above and below the images."""
+    numbers = {key: value for key, value in run.rows[-1].items() if isinstance(value, int | float)}
     evaluated = run.series("evaluation")[1]
     if evaluated:
         measured = {key: value for key, value in evaluated[-1].items() if isinstance(value, int | float)}
         numbers |= {f"held out: {key}": value for key, value in measured.items()}
     rows = "".join(f"<tr><td>{html.escape(key)}</td><td>{value:,.6g}</td></tr>" for key, value in numbers.items())
-    pictures = "".join(
-        f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(image).decode()}">'
-        for name, image in images.items()
-    )
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1><table>{rows}</table>{pictures}"
-        f"<details><summary>recipe</summary><pre>{html.escape(run.recipe)}</pre></details></body></html>\n"
-    )
+    recipe = f"<details><summary>recipe</summary><pre>{html.escape(run.recipe)}</pre></details>"
+    return {"above": f"<table>{rows}</table>", "below": recipe}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -244,9 +214,3 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _place(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)

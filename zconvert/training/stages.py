@@ -106,11 +106,25 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress, observers: Sequence[O
 
     def save_checkpoint(folder: Path) -> None:
         report(Progress(message=f"writing {folder}"))
+        entry = {
+            "stage": recipe.stage,
+            "recipe": recipe.model_dump(mode="json"),
+            "steps": trainer.step,
+            "tokens_seen": trainer.tokens_seen,
+        }
         pieces = pieces_on_disk(model, parallel.gathered) if trainer.gated is None else iter(())
         if not parallel.first:
             collections.deque(pieces, maxlen=0)  # every process gives its shards
         elif trainer.gated is not None:
-            save_gated(trainer.gated, source.folder, folder, settings=trained, extra_texts=texts, bigrams=bigrams())
+            save_gated(
+                trainer.gated,
+                source.folder,
+                folder,
+                settings=trained,
+                extra_texts=texts,
+                bigrams=bigrams(),
+                entry=entry,
+            )
         else:
             save_trained(
                 model,
@@ -121,6 +135,7 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress, observers: Sequence[O
                 extra_texts=texts,
                 pieces=pieces,
                 bigrams=bigrams(),
+                entry=entry,
             )
         parallel.gather(None)  # it is there when any process goes on
 

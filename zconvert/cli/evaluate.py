@@ -1,0 +1,224 @@
+"""`zconvert evaluate` and `zconvert score`: pass@k of AR, lossless and mixed decoding, in one report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from zconvert.checkpoint.source import RUN_CHECKPOINT, Source, require_converted, resolve
+from zconvert.cli import options
+from zconvert.cli.ui import err, out, print_json
+
+FOLDER = "evaluation"
+
+AllowCodeExec = Annotated[
+    bool,
+    typer.Option("--allow-code-exec", help="Run the programs that the model wrote, to score tasks in code."),
+]
+
+
+def command(
+    checkpoint: options.Checkpoint,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,…", help="From `zconvert tasks list`, or .yaml files; NAME=FILE reads the rows from a file."
+        ),
+    ],
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="The source, or another checkpoint: its plain AR is what all is held against."),
+    ] = None,
+    samplers: Annotated[str, typer.Option(metavar="ar,lossless,mix:0.5", help="Ways to decode.")] = "ar,lossless",
+    k: Annotated[str, typer.Option(metavar="1,4,16", help="pass@k: at least one of k samples is right.")] = "1",
+    n: Annotated[int | None, typer.Option(min=1, help="Samples of each problem. Default: the largest k.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0: greedy. Default: 0 for one sample of a problem, else 0.8.")
+    ] = None,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total.")] = 1.0,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Problems of each task, from the start; all if not given.")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer. Default: each task's.")] = None,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--no-chat", help="Ask by the chat template or not. Default: each task's.")
+    ] = None,
+    margin: Annotated[float, typer.Option(min=0.01, help="Points of pass@k that matter, for the verdict.")] = 2.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts decoded at a time, in every column.")] = 8,
+    output: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the evaluation. Default: evaluation/ in the run's folder.")
+    ] = None,
+    allow_code_exec: AllowCodeExec = False,
+    no_score: Annotated[bool, typer.Option("--no-score", help="Make the samples alone; see `zconvert score`.")] = False,
+    proposals: options.Proposals = None,
+    block_size: options.BlockSize = None,
+    dtype: options.DtypeOption = options.Dtype.AUTO,
+    device: options.DeviceOption = options.Device.AUTO,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's choice.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
+    as_json: options.Json = False,
+    revision: options.Revision = None,
+    token: options.Token = None,
+) -> None:
+    """Measure quality: pass@k of AR, lossless and mixed decoding on tasks, with speeds and verdicts, in one report.
+
+    Interrupted and run again, it goes on. Samples, scores, results.json and report.html lie in one folder.
+    """
+    counts = options.accepted_counts(proposals, block_size)
+    ks = options.numbers(k, "--k")
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise typer.BadParameter("name at least one task; see `zconvert tasks list`", param_hint="--tasks")
+    chosen = _samplers(samplers)
+    source = resolve(checkpoint, revision=revision, token=token, weights=False)
+    settings = require_converted(source)
+    from zconvert.evaluation.tasks import load_task
+
+    for name in names:  # before weights are fetched or read
+        load_task(name)
+    with err.status(Text(f"Loading {checkpoint} …")):
+        from zconvert.evaluation.evaluate import Plan, evaluate
+        from zconvert.tidar.acceptance import Sampling
+
+        samples = n or max(ks)
+        heat = temperature if temperature is not None else 0.8 if samples > 1 else 0.0
+        if not 0 < top_p <= 1:
+            raise typer.BadParameter(f"{top_p:g} is not more than 0 and at most 1", param_hint="--top-p")
+        plan = Plan(
+            tasks=names,
+            samplers=chosen,
+            k=ks,
+            n=samples,
+            sampling=Sampling(heat, top_p=top_p),
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+            chat=chat,
+            batch_size=batch_size,
+            seed=seed,
+            margin=margin / 100,
+            proposals=counts,
+            block_size=block_size,
+        )
+        plan.decoding(settings)
+        loaded = _load(checkpoint, revision, token, str(dtype), str(device), threads)
+        source_model = None if baseline is None else _load(baseline, None, token, str(dtype), str(device), threads)
+    folder = output or _default_folder(source)
+    with progress_bars() as tell:
+        results = evaluate(
+            folder,
+            plan,
+            settings,
+            loaded,
+            source_model,
+            with_scores=not no_score,
+            allow_code_exec=allow_code_exec,
+            on_progress=lambda at: tell(f"{at.task}, {at.column}", "samples", at.done, at.total),
+            on_score=lambda task, column, done, total: tell(f"{task}, {column}", "scores", done, total),
+        )
+    if results is None:
+        out.print(Text(str(folder / "samples")), soft_wrap=True)
+        return
+    _finish(results, folder, as_json)
+
+
+def score(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Of an evaluation: --out of `zconvert evaluate`.")],
+    allow_code_exec: AllowCodeExec = False,
+    as_json: options.Json = False,
+) -> None:
+    """Score the samples of an evaluation anew, as its task files say now."""
+    from zconvert.evaluation.evaluate import rescore
+
+    with progress_bars() as tell:
+        results = rescore(
+            folder,
+            allow_code_exec=allow_code_exec,
+            on_score=lambda task, column, done, total: tell(f"{task}, {column}", "scores", done, total),
+        )
+    _finish(results, folder, as_json)
+
+
+def show(results: Mapping[str, Any]) -> None:
+    """Prints results for people, in 80 columns."""
+    from zconvert.evaluation.report import column_label, faults, sentences
+
+    ks = [f"pass@{k}" for k in results["k"]]
+    for task, told in results["tasks"].items():
+        out.print(Text(f"{task}: {told['problems']} problems, {results['n']} samples each", style="bold"))
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        table.add_column("", overflow="fold", max_width=24)
+        for name in (*(f"{k}, %" for k in ks), "tokens per\nforward", "tokens/s", "tokens\neach"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for name, entry in told["columns"].items():
+            table.add_row(
+                Text(column_label(name, results)),
+                *(f"{100 * entry[k]:.1f}" for k in ks),
+                f"{entry['tokens_per_forward']:.2f}",
+                f"{entry['tokens_per_second']:,.1f}",
+                f"{entry['mean_tokens']:,.0f}",
+            )
+        out.print(table)
+        for sentence in (*faults(results, task), *sentences(results, task)):
+            out.print(Text(f"- {sentence}"))
+        out.print()
+
+
+def _finish(results: dict[str, Any], folder: Path, as_json: bool) -> None:
+    if as_json:
+        print_json(results)
+        return
+    show(results)
+    out.print(Text(str(folder / "report.html")), soft_wrap=True)
+
+
+def _samplers(text: str) -> list[str]:
+    from zconvert.evaluation.samplers import sampler_weights
+
+    try:
+        return list(sampler_weights([name.strip() for name in text.split(",") if name.strip()]))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--samplers") from None
+
+
+def _load(name: str, revision: str | None, token: str | None, dtype: str, device: str, threads: int | None) -> Any:
+    from zconvert.checkpoint.load import load_model
+    from zconvert.evaluation.evaluate import Loaded
+
+    source = resolve(name, revision=revision, token=token)
+    model, tokenizer = load_model(source, dtype=dtype, device=device)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    return Loaded(source, model, tokenizer)
+
+
+def _default_folder(source: Source) -> Path:
+    """Where `zconvert export` looks for results: in the run's folder, or the checkpoint's."""
+    if source.revision is not None:
+        return Path(FOLDER)
+    return (source.folder.parent if source.folder.name == RUN_CHECKPOINT else source.folder) / FOLDER
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, str, int, int], None]]:
+    """Bars on stderr; yields what is told of each: a name, what is counted, how many, of how many."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[what]}"))
+    with Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err) as bars:
+        tasks: dict[str, Any] = {}
+
+        def tell(name: str, what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                # What an earlier run made does not count for the time that is left.
+                tasks[what] = bars.add_task(name, total=total, completed=done - 1, what=what)
+            bars.update(tasks[what], description=name, completed=done, total=total)
+
+        yield tell

@@ -127,6 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json([entry(n, p) for n, p in under.items() if recursive or "/" not in n[len(parent) :]])
         if api and rest[:1] == ["paths-info"]:
             wanted = (form or {}).get("paths", [])
+            wanted = [wanted] if isinstance(wanted, str) else wanted
             return self._json([entry(path, p) for path, p in files.items() if path in wanted])
         if rest[:1] == ["resolve"] and len(rest) >= 3:
             if name in self.state.gated:

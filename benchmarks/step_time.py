@@ -5,10 +5,11 @@
     python benchmarks/step_time.py --device cuda --dtype bfloat16 --kinds plain,flex,sdpa,dense --peak-tflops 989 \\
         --width 2048 --layers 12 --experts 16 --expert-width 2048 --vocabulary 262272 --tokens 8192 --checkpointing
 
-In every round each kind runs one step, in turn; the ratios are of the medians. `plain` attends causally in SDPA without
-a mask over one text. The others run the packed row: `dense` through the whole row's mask, `sdpa` by segments, `flex` in
-FlexAttention. All make their loss in chunks, by the same function, so that what differs is the layout. Needs torch and
-transformers alone. What it does on a GPU was never run on one: no figure of it is known.
+In every round each kind runs one step, in turn; the ratios are of the medians. `plain` attends causally over one
+text, in the implementation that transformers takes by itself: SDPA, or eager attention where there are sinks. The
+others run the packed row: `dense` through the whole row's mask, `sdpa` by segments, `flex` in FlexAttention. All make
+their loss in chunks, by the same function, so that what differs is the layout. Needs torch and transformers alone.
+What it does on a GPU was never run on one: no figure of it is known.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from zconvert.training.loss import cross_entropy_sum
 from zconvert.training.objective import packed_losses
 
 MASK = 1
-FAMILIES = ("zaya", "qwen3_moe", "mixtral", "llama")
+FAMILIES = ("zaya", "qwen3_moe", "mixtral", "llama", "gpt_oss", "deepseek_v3", "deepseek_v32", "inkling_text")
 
 
 def make_model(args: argparse.Namespace) -> Any:
@@ -58,6 +59,19 @@ def make_model(args: argparse.Namespace) -> Any:
         experts["rope_parameters"] = {kind: dict(rope) for kind in kinds}
     elif args.family != "llama":
         experts["num_experts_per_tok"] = args.top_k
+    if args.family.startswith("deepseek"):
+        common |= {
+            "num_key_value_heads": heads,
+            "head_dim": 32,
+            "qk_nope_head_dim": args.head_dim,
+            "v_head_dim": args.head_dim,
+        }
+        common |= {"qk_rope_head_dim": 32, "kv_lora_rank": args.width // 4, "q_lora_rank": args.width // 2}
+        experts |= {"n_group": 1, "topk_group": 1, "mlp_layer_types": ["sparse"] * args.layers}
+        experts |= {"first_k_dense_replace": 0, "index_topk": args.tokens // 4, "index_n_heads": heads}
+    if args.family == "inkling_text":
+        common |= {"swa_num_attention_heads": heads, "swa_num_key_value_heads": max(1, heads // 4)}
+        common |= {"swa_head_dim": args.head_dim, "layer_types": ["hybrid"] * args.layers}
     config = transformers.AutoConfig.for_model(args.family, **common, **experts)
     with torch.device(args.device):
         return transformers.AutoModelForCausalLM.from_config(config)
@@ -94,7 +108,9 @@ class Bench:
         torch.manual_seed(0)
         self.args = args
         self.model = make_model(args).train()
+        self.stock = self.model.config._attn_implementation
         self.layout_model = LayoutModel(self.model)
+        self.dense = self.layout_model.config._attn_implementation
         print(choose_experts(self.layout_model, args.experts_implementation, autocast=args.dtype == "bfloat16"))
         if args.checkpointing:
             checkpoint_activations(self.layout_model)
@@ -105,9 +121,8 @@ class Bench:
     def step(self, kind: str) -> tuple[float, float, float]:
         """Seconds of forward and backward pass, seconds of the whole step, and peak memory on the GPU in bytes."""
         args = self.args
-        if kind in ("plain", "dense"):
-            self.layout_model.config._attn_implementation = "sdpa"  # as transformers has it
-        else:
+        self.layout_model.config._attn_implementation = self.stock if kind == "plain" else self.dense
+        if kind not in ("plain", "dense"):
             choose_attention(self.layout_model, "flex" if kind == "flex" else "sdpa", torch.device(args.device))
         if args.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -124,10 +139,10 @@ class Bench:
         return middle - start, end - start, float(peak)
 
     def now(self) -> float:
-        """The time, all work done."""
+        """The time, all work done; on one CPU thread the time it had the processor, which other work disturbs less."""
         if self.args.device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return time.process_time() if self.args.device == "cpu" and self.args.threads == 1 else time.perf_counter()
 
     def flops(self, kind: str) -> float:
         """Of the products of a step's forward and backward pass, without what checkpointing repeats."""

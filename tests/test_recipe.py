@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from zconvert.recipe import (
     dump_recipe,
     load_recipe,
 )
+from zconvert.recipe.yaml_text import write_yaml
 
 MIDTRAIN = "base_model: source\noutput_dir: out\nmax_steps: 100\ndatasets:\n  - path: train.jsonl\n"
 CONVERT = "base_model: source\noutput_dir: out\n"
@@ -246,3 +248,22 @@ def test_a_recipe_for_conversations_needs_some(tmp_path: Path) -> None:
     path.write_text(text.replace("TYPE", "text"))
     with pytest.raises(UserError, match="at least one entry with type: chat"):
         load_recipe(path, SftRecipe)
+
+
+def test_a_file_with_the_recipes_of_all_stages_is_read_by_each_command(tmp_path: Path) -> None:
+    path = tmp_path / "zconvert_config.yaml"
+    training = {"base_model": "a", "output_dir": "b", "datasets": [{"path": "c"}]}
+    stages = [
+        {"stage": "convert-init", "recipe": {"base_model": "a", "output_dir": "b"}},
+        {"stage": "midtrain", "recipe": {**training, "max_steps": 1}},
+        {"stage": "midtrain", "recipe": {**training, "max_steps": 2}},
+    ]
+    path.write_text(write_yaml(json.loads(json.dumps({"stages": stages}))))
+    assert load_recipe(path, ConvertInitRecipe).output_dir == "b"
+    assert load_recipe(path, MidtrainRecipe).max_steps == 2
+    with pytest.raises(UserError, match="has no recipe of sft"):
+        load_recipe(path, SftRecipe)
+    path.write_text(write_yaml({"stages": [{"stage": "midtrain", "recipe": {**training, "max_step": 2}}]}))
+    with pytest.raises(UserError, match="max_steps") as error:
+        load_recipe(path, MidtrainRecipe)
+    assert "(line 8)" in str(error.value)

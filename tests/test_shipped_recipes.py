@@ -69,6 +69,7 @@ def made_small(path: Path, recipe: Recipe, folder: Path, base: str) -> dict[str,
     data: list[dict[str, str]] = [{"path": str(folder / "data.jsonl")}]
     if recipe.stage == "sft":
         data = [{"path": str(folder / "chat.jsonl"), "type": "chat"}]
+        settings["chat_template"] = settings["chat_template"] or str(RECIPES / "quickstart" / "chat.jinja")
     settings |= {"datasets": data, "sequence_len": 64, "max_steps": 2, "warmup_steps": 0, "logging_steps": 1}
     settings |= {"gradient_accumulation_steps": 1, "micro_batch_size": 1, "num_threads": 1}
     if "evaluation" in settings:
@@ -122,7 +123,7 @@ def test_copied_recipes_are_a_pipeline_of_their_own(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["recipes", "copy", "zaya1-8b", str(mine)])
     assert result.exit_code == 0
     assert {path.name for path in mine.iterdir()} == {path.name for path in (RECIPES / "zaya1-8b").iterdir()}
-    assert len(load_pipeline(mine / "pipeline.yaml")) == 2
+    assert len(load_pipeline(mine / "pipeline.yaml")) == 3
     assert CliRunner().invoke(app, ["recipes", "copy", "zaya1-8b", str(mine)]).exit_code == 1
 
 
@@ -141,4 +142,5 @@ def test_the_wheel_holds_every_recipe(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {f"zconvert/recipes/{path.parent.name}/{path.name}" for path in FILES} <= names
+    shipped = [*FILES, *RECIPES.glob("*/*.jinja")]
+    assert {f"zconvert/recipes/{path.parent.name}/{path.name}" for path in shipped} <= names

@@ -1,4 +1,4 @@
-"""A Hub on this machine's loopback, for the real client to read from: one commit per repository, files of a folder."""
+"""A Hub on this machine's loopback, for the real client: repositories are folders, or what was pushed (pushed.py)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+from tests.checkpoint.pushed import Pushes, entry_of, refuse, write
 
 COMMIT = "c0ffee" + "0" * 34
 
@@ -34,6 +36,8 @@ class LoopbackHub:
     """file name -> after how many bytes its next answers break off; the connection is reset where negative"""
     refused_whole: set[str] = field(default_factory=set)
     """names of files of which only ranges are to be had: the whole is answered with an error of the server"""
+    pushes: Pushes | None = None
+    """what was pushed, where the Hub can be written to"""
     endpoint: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -83,43 +87,60 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def do_POST(self) -> None:
+        if self.state.pushes is not None and write(self, self.state.pushes, self.state.repositories):
+            return
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self._answer(dict(urllib.parse.parse_qsl(body.decode())) if b"=" in body else json.loads(body or b"{}"))
+        kind = self.headers.get("Content-Type", "")
+        form = urllib.parse.parse_qs(body.decode()) if "form" in kind else json.loads(body or b"{}")
+        self._answer(form)
+
+    def do_PUT(self) -> None:
+        if self.state.pushes is None or not write(self, self.state.pushes, self.state.repositories):
+            self._refuse(404, "EntryNotFound")
 
     def _answer(self, form: dict[str, Any] | None = None) -> None:
-        parts = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path).strip("/").split("/")
+        parts = [urllib.parse.unquote(part) for part in urllib.parse.urlsplit(self.path).path.strip("/").split("/")]
         api = parts[:2] == ["api", "models"]
         parts = parts[2:] if api else parts
         name, rest = "/".join(parts[:2]), parts[2:]
-        folder = self.state.repositories.get(name)
+        if parts == ["api", "whoami-v2"] and self.state.pushes is not None:
+            known = self.state.pushes.knows(self.headers)
+            return self._json({"name": "me"}) if known else refuse(self, 401, "Invalid credentials")
+        pushes, folder, commit = self.state.pushes, self.state.repositories.get(name), COMMIT
+        pushed = None if pushes is None else pushes.repositories.get(name)
+        if pushed is not None and pushes is not None and not (pushed.private and not pushes.knows(self.headers)):
+            commit = pushed.commit_of(rest[1] if rest[1:2] else "main")
+            folder = pushed.commits.get(commit, Path(self.server.server_name, "none"))
         if folder is None:
             return self._refuse(404, "RepoNotFound")
-        if rest[1:2] and rest[1] not in ("main", COMMIT):
+        if (pushed is None and rest[1:2] and rest[1] not in ("main", COMMIT)) or commit == "":
             return self._refuse(404, "RevisionNotFound")
+        entry = entry_of if pushes is not None else _entry
         files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
         if api and rest[:1] in ([], ["revision"]):
-            return self._json({"id": name, "sha": COMMIT, "siblings": [{"rfilename": path} for path in files]})
+            private = pushed is not None and pushed.private
+            siblings = [{"rfilename": path} for path in files]
+            return self._json({"id": name, "sha": commit, "private": private, "siblings": siblings})
         if api and rest[:1] == ["tree"]:
             recursive = "recursive=true" in self.path.lower()
-            listed = [_entry(path, p) for path, p in files.items() if recursive or "/" not in path]
+            listed = [entry(path, p) for path, p in files.items() if recursive or "/" not in path]
             return self._json(listed if len(rest) == 2 else [])
         if api and rest[:1] == ["paths-info"]:
             wanted = (form or {}).get("paths", [])
-            wanted = [wanted] if isinstance(wanted, str) else wanted
-            return self._json([_entry(path, p) for path, p in files.items() if path in wanted])
+            return self._json([entry(path, p) for path, p in files.items() if path in wanted])
         if rest[:1] == ["resolve"] and len(rest) >= 3:
             if name in self.state.gated:
                 return self._refuse(403, "GatedRepo")
-            return self._file(folder.joinpath(*rest[2:]))
+            return self._file(folder.joinpath(*rest[2:]), commit)
         return self._refuse(404, "EntryNotFound")
 
-    def _file(self, path: Path) -> None:
+    def _file(self, path: Path, commit: str) -> None:
         if not path.is_file():
             return self._refuse(404, "EntryNotFound")
         if path.name in self.state.refused_whole and self.command == "GET" and self.headers.get("Range") is None:
             return self._refuse(503, "Unavailable")
         size, status, first, end = path.stat().st_size, 200, 0, path.stat().st_size
-        extra = {"ETag": f'"{_digest(path)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        extra = {"ETag": f'"{_digest(path)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if (span := self.headers.get("Range")) is not None:
             begin, _, last = span.removeprefix("bytes=").partition("-")
             first, end, status = int(begin), min(size, int(last) + 1 if last else size), 206

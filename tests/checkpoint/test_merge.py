@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -23,7 +24,7 @@ from zconvert.cli import export as cli
 from zconvert.cli.ui import handled
 from zconvert.errors import UserError
 from zconvert.tidar.generate import layout_model_of
-from zconvert.tidar.settings import GatedParts
+from zconvert.tidar.settings import GATED_FILE, GatedParts
 
 Checkpoint = Callable[..., Path]
 PARTS = GatedParts(rank=2, mlp_width=8)
@@ -95,6 +96,27 @@ def test_a_checkpoint_whose_weights_moved_has_no_source_to_give_back(source: Pat
     with pytest.raises(UserError, match="mode full"):
         merge_to_ar(resolve(tmp_path / "full"), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "claim"),
+    [({"max_shard_size": 20_000}, "value for value, in other files"), ({"dtype": "float32"}, "stored as float32")],
+)
+def test_an_export_with_other_weight_files_claims_no_more_than_it_keeps(
+    gated: Path, tmp_path: Path, options: dict[str, Any], claim: str
+) -> None:
+    export(resolve(gated), tmp_path / "one", **options)
+    export(resolve(tmp_path / "one"), tmp_path / "two")
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        assert (folder / GATED_FILE).read_bytes() == (gated / GATED_FILE).read_bytes()
+        assert claim in (folder / "README.md").read_text()
+        assert not (folder / "tidar" / "source").exists()
+        with pytest.raises(UserError, match="other weight files than its source has"):
+            merge_to_ar(resolve(folder), tmp_path / "merged")
+    wanted, _ = load_model(resolve(gated), dtype="float32", device="cpu")
+    found, _ = load_model(resolve(tmp_path / "two"), dtype="float32", device="cpu")
+    assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in wanted.state_dict().items())
 
 
 def flip(path: Path) -> None:

@@ -11,12 +11,12 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from tests.checkpoint.tiny import make_checkpoint, make_tokenizer
+from tests.checkpoint.tiny import make_checkpoint
 from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.load import load_model, prompt_ids
 from zconvert.checkpoint.source import resolve
 from zconvert.cli import generate, ui
-from zconvert.cli.generate import Tally, TextStream
+from zconvert.cli.streaming import Tally, safe
 from zconvert.errors import UserError
 
 PROMPT = "ten tall trees"
@@ -93,6 +93,9 @@ def test_blocks_are_shown_with_the_same_text(checkpoint: Path) -> None:
         (("--mix-weight", "0.5"), "only 'mixed' has one"),
         (("--block-size", "8"), "block_size is 8"),
         (("--top-p", "0"), "top_p is 0"),
+        (("--min-p", "2"), "min_p is 2"),
+        (("--repetition-penalty", "0"), "repetition_penalty is 0"),
+        (("--mode", "two", "--proposals", "3"), "with two forwards"),
     ],
 )
 def test_options_that_cannot_work_are_a_users_error(checkpoint: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -110,6 +113,10 @@ def test_options_that_cannot_work_are_a_users_error(checkpoint: Path, arguments:
         (("--prompt", "again"), "given twice"),
         (("--json", "--show-blocks"), "leave one of them out"),
         (("--dtype", "float8"), "'float8'"),
+        (("--mode", "three"), "'three'"),
+        (("--stop", ""), "it is empty"),
+        (("--prompts", "a.jsonl", "--out", "b.jsonl"), "give one of them"),
+        (("--chat",), "give one of them"),
     ],
 )
 def test_a_mistake_in_the_command_line_is_a_usage_error(
@@ -119,6 +126,72 @@ def test_a_mistake_in_the_command_line_is_a_usage_error(
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.replace("│", "").split())
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--prompts", "a.jsonl"), "go together"),
+        (("--out", "b.jsonl"), "go together"),
+        (("--prompts", "a.jsonl", "--out", "b.jsonl", "--chat"), "give one of them"),
+        (("--prompts", "a.jsonl", "--out", "b.jsonl", "--show-blocks"), "no meaning with --prompts"),
+        (("--chat", "--json"), "no meaning with --chat"),
+    ],
+)
+def test_uses_that_exclude_each_other_are_a_usage_error(
+    checkpoint: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    result = run(checkpoint, *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.replace("│", "").split())
+
+
+def test_both_modes_give_the_same_greedy_text(checkpoint: Path) -> None:
+    assert document(checkpoint, PROMPT, "--mode", "two")["text"] == document(checkpoint, PROMPT)["text"]
+
+
+def test_text_ends_before_a_stop_string(checkpoint: Path) -> None:
+    whole = document(checkpoint, PROMPT)
+    assert whole["finish"] == "length"
+    stop = whole["text"][3:5]
+    cut = document(checkpoint, PROMPT, "--stop", "nowhere", "--stop", stop)
+    assert (cut["text"], cut["finish"]) == (whole["text"][: whole["text"].index(stop)], "stop")
+    plain = run(checkpoint, PROMPT, "--max-new-tokens", 12, "--stop", stop)
+    assert plain.stdout == cut["text"] + "\n"
+
+
+def test_sampling_may_be_narrowed(checkpoint: Path) -> None:
+    wide = document(checkpoint, PROMPT, "--temperature", 2, "--seed", 1)["text"]
+    assert document(checkpoint, PROMPT, "--temperature", 2, "--seed", 1, "--min-p", 1)["text"] != wide
+    assert document(checkpoint, PROMPT, "--repetition-penalty", 5)["text"] != document(checkpoint, PROMPT)["text"]
+
+
+def test_a_file_of_prompts_becomes_a_file_of_texts_and_is_completed_when_run_again(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in (PROMPT, "sing", "seven men")))
+    arguments = (checkpoint, "--prompts", prompts, "--out", output, "--max-new-tokens", 12, "--batch-size", 2)
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == ""
+    assert "3 texts in" in result.stderr
+    rows = {row["index"]: row for row in map(json.loads, output.read_text().splitlines())}
+    assert rows[0]["text"] == document(checkpoint, PROMPT)["text"]
+    lines = output.read_bytes().splitlines(keepends=True)
+    output.write_bytes(lines[0] + lines[1][:9])
+    result = run(*arguments)
+    assert "1 text of an earlier run kept" in result.stderr
+    assert {row["index"]: row for row in map(json.loads, output.read_text().splitlines())} == rows
+
+
+def test_a_bad_row_of_a_file_of_prompts_is_told_before_the_weights_are_read(checkpoint: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n{"promt": "b"}\n')
+    result = run(checkpoint, "--prompts", prompts, "--out", tmp_path / "texts.jsonl")
+    assert result.exit_code == 1
+    assert "line 2 is no row of prompts" in " ".join(result.stderr.split())
+    assert not (tmp_path / "texts.jsonl").exists()
 
 
 def test_an_empty_prompt_needs_a_bos_token(checkpoint: Path) -> None:
@@ -192,31 +265,6 @@ def test_the_dtype_is_as_asked_and_a_device_that_is_not_there_is_refused(checkpo
         load_model(resolve(checkpoint), dtype="float3")
 
 
-def test_streamed_pieces_add_up_to_the_text_with_its_spaces() -> None:
-    tokenizer = make_tokenizer(60)
-    prompt = prompt_ids(tokenizer, "ten tall")
-    tokens = tokenizer(" trees stand there", add_special_tokens=False).input_ids
-    stream = TextStream(tokenizer, prompt)
-    pieces = [stream.add((token,)) for token in tokens] + [stream.flush()]
-    assert "".join(pieces) == tokenizer.decode(prompt + tokens, skip_special_tokens=True)[len("ten tall") :]
-    assert pieces[0].startswith(" ")
-
-
-def test_an_incomplete_character_waits_for_its_bytes() -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = {piece: i for i, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    made = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
-    tokens = tokenizer("aé€").input_ids
-    stream = TextStream(tokenizer, tokens[:1])
-    assert [stream.add((token,)) for token in tokens[1:-1]] == ["", "é", "", ""]
-    assert stream.flush() == "\N{REPLACEMENT CHARACTER}"
-
-
 def test_the_prefill_does_not_count_among_the_forwards_of_a_ratio() -> None:
     tally = Tally()
     assert tally.tokens_per_forward is None
@@ -226,4 +274,4 @@ def test_the_prefill_does_not_count_among_the_forwards_of_a_ratio() -> None:
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
-    assert generate._safe("a\x1b[31m\tb\n") == "a\N{REPLACEMENT CHARACTER}[31m\tb\n"
+    assert safe("a\x1b[31m\tb\n") == "a\N{REPLACEMENT CHARACTER}[31m\tb\n"

@@ -20,6 +20,7 @@ from tests.contracts.models import Pair, random_pair
 from tests.contracts.reference import causal_logits
 from zconvert.tidar import acceptance
 from zconvert.tidar.acceptance import Drafts, Sampling
+from zconvert.tidar.bigram import Bigrams
 from zconvert.tidar.decoding import DecodePlan, Request
 from zconvert.tidar.engine import Engine, run
 from zconvert.tidar.settings import TidarSettings
@@ -135,6 +136,14 @@ def test_with_two_forwards_in_turn_they_have_it_too() -> None:
     fits(tiny_pair("zaya_sliding"), Sampling(temperature=1.0), (1,), 4, two_forwards=True)
 
 
+@pytest.mark.parametrize("sampling", [Sampling(temperature=1.0), Sampling(temperature=0.8, top_k=3)], ids=str)
+def test_with_drafts_from_left_to_right_they_have_it_too(sampling: Sampling, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, texts = tiny_pair("mixtral"), torch.randint(0, TOKENS, (40, 20), generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(pair.layout, "bigrams", Bigrams.count(texts.sort(1).values, TOKENS + 1))
+    monkeypatch.setattr(acceptance, "WEIGHT", 3.0)  # strong enough that drafts differ from those without
+    fits(pair, sampling, ALL, 3)
+
+
 def fits(pair: Pair, sampling: Sampling, proposals: tuple[int, ...], length: int, **options: Any) -> None:
     counts, accepted = drawn(pair, sampling, proposals, DRAWS, length, **options)
     after_prefill = accepted[1:] / accepted[1:].sum()
@@ -201,7 +210,7 @@ def test_drafts_that_misreport_what_they_were_drawn_from_fail_the_same_test(monk
     sampling = Sampling(temperature=0.5)
     honest = acceptance.make_drafts
 
-    def dishonest(logits: Tensor, counts: Tensor, how: Sampling, uniform: Tensor) -> Drafts:
+    def dishonest(logits: Tensor, counts: Tensor, how: Sampling, uniform: Tensor, *_: object) -> Drafts:
         drafts = honest(logits, counts, how, uniform)
         return Drafts(drafts.tokens, counts, logits.softmax(-1), drafts.logits)  # forgets the temperature
 

@@ -86,23 +86,23 @@ def test_bench_is_laid_over_the_prediction() -> None:
     calibrated = Calibrated(CPU, Calibration(0.0, 1e-3, 0.0, 0.0, 0.0), (), ())  # 40 ms, whatever the tokens
     document = {
         "dtype": "float32",
-        "results": {
-            "ar": {"tokens_in_forward": 1.0, "forward_ms": 50.0, "tokens_per_forward": 1.0},
-            "lossless": {
-                **{"tokens_in_forward": 80.0, "forward_ms": 40.0, "tokens_per_forward": 4.0},
-                "forward_cost": 0.8,
-            },
-            "baseline": {"tokens_in_forward": 1.0, "forward_ms": 1.0},
-        },
+        "results": [
+            {"name": "AR", "mode": "ar", "batch_size": 1}
+            | {"tokens_in_forward": 1.0, "forward_ms": 50.0, "tokens_per_forward": 1.0},
+            {"name": "stock generate", "mode": "stock", "batch_size": 1},
+            {"name": "lossless", "mode": "single", "batch_size": 1, "forward_cost": 0.8}
+            | {"tokens_in_forward": 80.0, "forward_ms": 40.0, "tokens_per_forward": 4.0},
+            {"name": "lossless", "mode": "single", "batch_size": 8},
+        ],
     }
     ar, lossless = against_bench(model, calibrated, document)
-    assert (ar["sampler"], ar["predicted_ms"], ar["error"]) == ("ar", pytest.approx(40), pytest.approx(-0.2))
+    assert (ar["sampler"], ar["predicted_ms"], ar["error"]) == ("AR", pytest.approx(40), pytest.approx(-0.2))
     assert lossless["predicted_speedup"] == pytest.approx(4.0)
     assert lossless["measured_speedup"] == pytest.approx(5.0)
     assert lossless["speedup_error"] == pytest.approx(-0.2)
 
 
-@pytest.mark.parametrize("document", [{}, {"results": {"ar": {}}}, {"results": 3}])
+@pytest.mark.parametrize("document", [{}, {"results": [{"mode": "ar"}]}, {"results": 3}])
 def test_another_document_is_refused(document: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="no document of `zconvert bench --json`"):
         against_bench(facts("zaya", ZAYA_8B), Calibrated(CPU, Calibration(1, 0, 0, 0, 0), (), ()), document)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.planning.models import QWEN3_30B, ZAYA_8B, facts
+from zconvert.errors import UserError
 from zconvert.planning.decoding import Cell
 from zconvert.planning.layouts import Layout, layouts
 from zconvert.planning.machines import MACHINES
 from zconvert.planning.memory import memory_of
 from zconvert.planning.plan import plan_stage, summary
 from zconvert.planning.step_time import disk_bytes, row_flops, stage_cost, step_time
-from zconvert.planning.workload import Workload
+from zconvert.planning.workload import Workload, workload_of
+from zconvert.recipe import MidtrainRecipe, ParallelRecipe
 from zconvert.tidar.settings import GatedParts
 
 H100 = MACHINES["h100-80gb"]
@@ -48,10 +52,10 @@ def test_long_rows_are_cut_where_memory_wants_it() -> None:
 @pytest.mark.parametrize(
     ("model", "work", "layout", "reason"),
     [
-        (ZAYA, Workload(sequence_len=1000), Layout(8, True, 2), "1000 tokens do not cut into 4 chunks"),
-        (ZAYA, Workload(), Layout(6, True, 4), "6 devices are not a multiple of CP 4"),
-        (facts("zaya", ZAYA_8B | {"num_experts": 10}), Workload(), Layout(8, True, 1, 4), "10 experts are not a"),
-        (ZAYA, Workload(gated=GatedParts()), Layout(8, True, 1, 2), "mask slots pass no routed expert"),
+        (ZAYA, Workload(sequence_len=1000), Layout(8, 8, 2), "1000 tokens do not cut into 4 chunks"),
+        (ZAYA, Workload(), Layout(6, 6, 4), "6 devices are not a multiple of CP 4"),
+        (facts("zaya", ZAYA_8B | {"num_experts": 10}), Workload(), Layout(8, 8, 1, 4), "10 experts are not a"),
+        (ZAYA, Workload(gated=GatedParts()), Layout(8, 8, 1, 2), "mask slots pass no routed expert"),
     ],
 )
 def test_layouts_that_cannot_be_say_why(model: object, work: Workload, layout: Layout, reason: str) -> None:
@@ -91,7 +95,7 @@ def test_gated_steps_take_less_than_full_ones() -> None:
 
 
 def test_cost_follows_from_steps_devices_and_price() -> None:
-    work, layout = Workload(max_steps=1000), Layout(8, True)
+    work, layout = Workload(max_steps=1000), Layout(8, 8)
     time = step_time(ZAYA, work, layout, H100)
     cost = stage_cost(time, work, H100, 8, None)
     assert cost is not None
@@ -105,13 +109,37 @@ def test_cost_follows_from_steps_devices_and_price() -> None:
 
 
 def test_more_devices_never_make_a_step_of_the_same_rows_slower_a_token() -> None:
-    speeds = [step_time(ZAYA, Workload(), Layout(n, True), H100).tokens_per_second for n in (2, 4, 8)]
+    speeds = [step_time(ZAYA, Workload(), Layout(n, n), H100).tokens_per_second for n in (2, 4, 8)]
     assert speeds == sorted(speeds)
+
+
+def test_a_recipe_that_says_how_devices_share_the_work_is_planned_as_it_says() -> None:
+    said = ParallelRecipe(fsdp=4, context_parallel=2, expert_parallel=2)
+    settings = {"base_model": "x", "output_dir": "y", "datasets": [{"path": "z"}], "max_steps": 1}
+    for section, read in ((said, said), ({"sync_every_forward": True}, None), ({}, None)):
+        assert workload_of(MidtrainRecipe(**settings, parallel=section), 16, None).parallel == read
+    stage = plan_stage(ZAYA, Workload(parallel=said), H100, 8, None)
+    assert stage.layout == Layout(8, 4, 2, 2)
+    assert stage.layout.title == "FSDP 4, 2 replicas, CP 2, EP 2"
+    assert stage.rejected == ()
+    whole, parts = (memory_of(ZAYA, Workload(), Layout(8, fsdp)) for fsdp in (8, 4))
+    assert parts.optimizer == 2 * whole.optimizer
+    with pytest.raises(UserError, match="cannot be") as caught:
+        plan_stage(ZAYA, Workload(parallel=said), H100, 6, None)
+    assert "6 devices are not a multiple of FSDP 4" in str(caught.value.found)
+
+
+def test_gradients_that_are_summed_once_in_several_forwards_are_held_whole() -> None:
+    work, layout = Workload(gradient_accumulation_steps=4), Layout(8, 8)
+    summed_once, each = (replace(work, sync_every_forward=every) for every in (False, True))
+    assert memory_of(ZAYA, summed_once, layout).gradients == 4 * ZAYA.total * (1 + 1 / 8)
+    assert memory_of(ZAYA, each, layout).gradients == 4 * ZAYA.total / 8
+    assert step_time(ZAYA, each, layout, H100).sharding > step_time(ZAYA, summed_once, layout, H100).sharding
 
 
 def test_slow_networks_show_in_the_step() -> None:
     slow = H100.model_copy(update={"network_gb_s": 1.0})
-    fast, held = (step_time(ZAYA, Workload(), Layout(16, True), machine) for machine in (H100, slow))
+    fast, held = (step_time(ZAYA, Workload(), Layout(16, 16), machine) for machine in (H100, slow))
     assert held.total > 5 * fast.total
     assert held.sharding > held.compute
 

@@ -20,7 +20,7 @@ from zconvert.tidar.layout import PADDING, PackedLayout, decode_layout, packed_l
 from zconvert.tidar.masks import EVERYTHING, Reach, visible
 from zconvert.tidar.packed_attention import FLEX, SEGMENTS, PackedMask, mask_function, packed_mask, runs_of
 from zconvert.tidar.settings import GatedParts
-from zconvert.training.implementations import _packed_problem, choose_attention
+from zconvert.training.implementations import _flex_problem, _segments_problem, choose_attention
 from zconvert.training.objective import hidden_halves
 from zconvert.training.slots import draw_slots
 
@@ -115,27 +115,31 @@ def test_the_tables_are_those_that_torch_makes_from_the_whole_mask() -> None:
     assert ours.sparsity() == theirs.sparsity() > 40
 
 
-PACKED = [name for name in FAMILY_MODELS if _packed_problem(family_pair(name).layout) is None]
+PACKED = [name for name in FAMILY_MODELS if _segments_problem(family_pair(name).layout) is None]
+IN_FLEX = [name for name in PACKED if _flex_problem(family_pair(name).layout) is None]
 DOCUMENTS = torch.tensor([[0] * 13 + [1] * 11, [0] * 20 + [PADDING] * 4])
 IDS = torch.cat([random_ids((2, 24), seed=3), torch.full((2, 24), MASK)], dim=1)
 
 
 def test_the_families_that_packed_masks_are_not_for() -> None:
-    problems = {name: _packed_problem(family_pair(name).layout) for name in FAMILY_MODELS if name not in PACKED}
-    assert problems["gpt_oss"] == "its attention has sinks"
-    assert problems["deepseek_v32"] == "an indexer chooses its keys"
-    assert problems["gemma2"] == "gemma2 has eager attention alone"
-    assert "latent" in str(problems["deepseek_v3"])
-    assert "bias by distance" in str(problems["inkling_text"])
-    assert {"zaya", "qwen3_moe", "mixtral", "gemma4_text", "llama4_text", "lfm2_moe"} <= set(PACKED)
+    segments = {name: _segments_problem(family_pair(name).layout) for name in FAMILY_MODELS if name not in PACKED}
+    assert segments["deepseek_v32"] == "an indexer chooses its keys"
+    assert segments["gemma2"] == "gemma2 has eager attention alone"
+    flex = {name: _flex_problem(family_pair(name).layout) for name in PACKED if name not in IN_FLEX}
+    assert flex["gpt_oss"] == "its attention has sinks"
+    assert "bias by distance" in str(flex["inkling_text"])
+    assert "latent" in str(flex["deepseek_v3"])
+    assert {"zaya", "qwen3_moe", "mixtral", "gemma4_text", "llama4_text", "lfm2_moe"} <= set(IN_FLEX)
 
 
 def uncompiled(*states: Tensor, training: bool, **options: Any) -> Any:
     return flex_attention(*states, **options)
 
 
-@pytest.mark.parametrize("implementation", [FLEX, SEGMENTS])
-@pytest.mark.parametrize("family", PACKED)
+@pytest.mark.parametrize(
+    ("implementation", "family"),
+    [*((FLEX, family) for family in IN_FLEX), *((SEGMENTS, family) for family in PACKED)],
+)
 @torch.no_grad()
 def test_packed_attention_gives_the_states_of_the_dense_mask(
     family: str, implementation: str, monkeypatch: pytest.MonkeyPatch
@@ -166,7 +170,7 @@ def test_packed_attention_gives_the_states_of_the_dense_mask(
     assert all(isinstance(mask, PackedMask) for mask in masks)
 
 
-@pytest.mark.parametrize("family", ["zaya", "mixtral", "gemma4_text"])
+@pytest.mark.parametrize("family", ["zaya", "mixtral", "gemma4_text", "gpt_oss", "deepseek_v3", "inkling_text"])
 def test_segments_give_the_gradients_of_the_dense_mask(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_attention, "SEGMENT", 10)
     packed_attention.register()
@@ -213,11 +217,14 @@ def test_flex_attention_that_cannot_be_had_is_refused_and_not_chosen_by_itself()
     with pytest.raises(UserError, match="FlexAttention"):
         choose_attention(model, "flex", torch.device("cpu"))
     assert "segments" in choose_attention(model, "auto", torch.device("cpu"))
-    with_sinks = family_pair("gpt_oss").layout
+    with_sinks = deepcopy(family_pair("gpt_oss").layout)
     with pytest.raises(UserError, match="sinks"):
         choose_attention(with_sinks, "flex", torch.device("cuda"))
     line = choose_attention(with_sinks, "auto", torch.device("cuda"))
-    assert "whole row's mask (not FlexAttention: its attention has sinks)" in line
+    assert line == "attention: SDPA by segments (not FlexAttention: its attention has sinks)"
+    with_indexer = family_pair("deepseek_v32").layout
+    line = choose_attention(with_indexer, "auto", torch.device("cuda"))
+    assert "whole row's mask (not FlexAttention: an indexer chooses its keys)" in line
     assert choose_attention(model, "auto", torch.device("cuda")) == "attention: FlexAttention"
     assert model.config._attn_implementation == FLEX
     assert "segments" in choose_attention(model, "sdpa", torch.device("cuda"))

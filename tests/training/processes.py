@@ -31,6 +31,7 @@ from zconvert.training.observers import Observer
 
 GLOBAL_ROWS = 4
 """rows of a step, however many processes share them"""
+TWO = ["--", "--nproc_per_node=2"]
 
 
 def make_family_run(folder: Path, model_type: str, gated: GatedParts | None = None, **changes: Any) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def start(command: list[str], world: int, log: Path) -> list[subprocess.Popen[by
     return processes
 
 
-def finish(processes: list[subprocess.Popen[bytes]], seconds: float = 120) -> list[int | None]:
+def finish(processes: list[subprocess.Popen[bytes]], seconds: float = 240) -> list[int | None]:
     """Waits until all have ended, or one has failed, whom the others would wait for; their exit codes."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -98,6 +99,14 @@ def finish(processes: list[subprocess.Popen[bytes]], seconds: float = 120) -> li
         process.kill()
         process.wait()
     return codes
+
+
+def launch(folder: Path, settings: dict[str, Any], stage: str = "midtrain") -> subprocess.CompletedProcess[str]:
+    """Runs a stage in two processes, as a user would start them."""
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "zconvert", stage, str(recipe), *TWO]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 def record(runs: dict[str, dict[str, Any]], world: int, folder: Path) -> dict[str, Any]:

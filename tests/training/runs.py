@@ -7,8 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from tests.checkpoint.tiny import make_checkpoint
+from tests.contracts.models import random_ids
 from zconvert.checkpoint.graft import convert_init
-from zconvert.checkpoint.source import resolve
+from zconvert.checkpoint.load import load_model
+from zconvert.checkpoint.source import require_converted, resolve
+from zconvert.tidar.acceptance import Sampling
+from zconvert.tidar.decoding import DecodePlan
+from zconvert.tidar.engine import decode
+from zconvert.tidar.generate import layout_model_of
+from zconvert.tidar.model import LayoutModel
 
 TIMINGS = ("seconds", "tokens_per_second")
 
@@ -50,3 +57,14 @@ def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl without what depends on the clock."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
+
+
+def assert_decodes_the_text_of(source: Path, trained: Path) -> None:
+    """Lossless decoding of a gated checkpoint gives the text that its source gives by itself."""
+    plain, _ = load_model(resolve(source), dtype="float32", device="cpu")
+    model, _ = load_model(resolve(trained), dtype="float32", device="cpu")
+    tidar, prompt = require_converted(resolve(trained)), random_ids((6,), seed=1).tolist()
+    lossless = DecodePlan.tidar(tidar, Sampling(), frozenset())
+    causal = DecodePlan.autoregressive(tidar.mask_token_id, Sampling(), frozenset())
+    text = [token for step in decode(layout_model_of(model), prompt, lossless, 16) for token in step.tokens]
+    assert text == [token for step in decode(LayoutModel(plain), prompt, causal, 16) for token in step.tokens]

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.contracts.models import MASK, make_model, random_ids
-from tests.training.runs import make_run
+from tests.training.processes import for_processes, launch
+from tests.training.runs import make_run, metrics_of
 from zconvert.checkpoint.source import require_converted, resolve
 from zconvert.data.documents import Document, Documents
 from zconvert.errors import UserError
@@ -111,6 +112,26 @@ def test_the_stage_writes_a_checkpoint_with_the_new_positions_and_reports_both_l
     )
     assert not (folder.parent / ".base").exists()
     assert not (folder / "model.safetensors").is_symlink()
+
+
+@pytest.mark.slow
+def test_two_processes_extend_and_measure_as_one_does(tmp_path: Path) -> None:
+    settings = {**extension_run(tmp_path, "zaya", rope="yarn"), "learning_rate": 1e-3, "save_dtype": "float32"}
+    stages.train(ExtendContextRecipe(**for_processes(settings, 1)), lambda _: None)
+    (tmp_path / "run").rename(tmp_path / "one")
+    done = launch(tmp_path, for_processes(settings, 2), "extend-context")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "run" / "checkpoint"), "one process speaks for all"
+    one, two = (json.loads((tmp_path / name / CONTEXT_FILE).read_text()) for name in ("one", "run"))
+    for moment, tolerance in (("before", 1e-5), ("after", 1e-3)):  # steps of Adam lie between
+        for expected, found in zip(one[moment], two[moment], strict=True):
+            assert found == pytest.approx(expected, rel=tolerance), moment
+    assert [row["loss"] for row in metrics_of(tmp_path / "run")] == pytest.approx(
+        [row["loss"] for row in metrics_of(tmp_path / "one")], rel=1e-4
+    )
+    configs = [json.loads((tmp_path / name / "checkpoint" / "config.json").read_text()) for name in ("one", "run")]
+    assert configs[0] == configs[1]
+    assert not (tmp_path / "run" / ".base").exists()
 
 
 def test_a_run_that_goes_on_keeps_what_was_measured_before(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from zconvert.tidar.layout import PADDING, packed_layout
 from zconvert.tidar.masks import EVERYTHING, Reach, visible
 from zconvert.tidar.packed_attention import mask_function, mask_of
 from zconvert.training.context_parallel import ContextParallel, Shard
+from zconvert.training.slots import draw_slots
 
 LENGTH = 48
 DOCUMENTS = torch.stack(
@@ -20,10 +21,15 @@ DOCUMENTS = torch.stack(
 )
 
 
+@pytest.mark.parametrize("fraction", [1.0, 0.4], ids=["all slots", "some slots"])
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("reach", [EVERYTHING, Reach(window=5), Reach(chunk=8)], ids=str)
-def test_the_runs_of_a_shard_are_what_its_queries_see_of_the_gathered_keys(size: int, reach: Reach) -> None:
-    layout = packed_layout(DOCUMENTS, 5, offset=2)
+def test_the_runs_of_a_shard_are_what_its_queries_see_of_the_gathered_keys(
+    size: int, reach: Reach, fraction: float
+) -> None:
+    generators = [torch.Generator().manual_seed(row) for row in range(len(DOCUMENTS))]
+    slots = None if fraction == 1 else draw_slots(DOCUMENTS, DOCUMENTS != PADDING, 5, 2, fraction, generators)
+    layout = packed_layout(DOCUMENTS, 5, 2, slots)
     everybody = visible(layout, layout, reach)
     seen_in_all = torch.zeros_like(everybody)
     for rank in range(size):
@@ -40,10 +46,13 @@ def test_the_runs_of_a_shard_are_what_its_queries_see_of_the_gathered_keys(size:
         assert found.any(-1).all(), "a query that sees nothing has no softmax"
         # And in terms of the whole rows: every query of the rows is somebody's, and sees what it saw there.
         place = torch.cat([torch.arange(LENGTH).expand(rows, -1), shard.columns[:, shard.num_clean :]], dim=1)
-        there = torch.zeros(rows, queries, 2 * LENGTH, dtype=torch.bool)
+        there = torch.zeros(rows, queries, layout.num_tokens, dtype=torch.bool)
         there.scatter_(2, place[:, None].expand(-1, queries, -1), found & real & _real_keys(shard)[:, None])
         seen_in_all.scatter_(1, shard.columns[..., None].expand_as(there), _or(seen_in_all, shard.columns, there))
-    assert torch.equal(seen_in_all, everybody)
+    # What fills rows up is nobody's, and seen by nobody else.
+    fills = layout.block_ids == LENGTH
+    assert torch.equal(seen_in_all, everybody & ~fills[:, :, None])
+    assert fills.any() == (fraction < 1)
 
 
 def _real_keys(shard: Shard) -> torch.Tensor:

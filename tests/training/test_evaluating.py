@@ -15,7 +15,7 @@ from zconvert.checkpoint.source import require_converted, resolve
 from zconvert.data.documents import Document, Documents
 from zconvert.data.loading import load_documents
 from zconvert.data.packing import PackedRows
-from zconvert.evaluation.bench import bench
+from zconvert.evaluation.bench import bench, entry_of, points
 from zconvert.recipe import MidtrainRecipe
 from zconvert.tidar.model import LayoutModel
 from zconvert.training import stages
@@ -81,11 +81,12 @@ def test_measured_acceptance_is_that_of_bench_and_losses_are_means_over_tokens(t
         trainer.layout_model,
         evaluator.prompts,  # type: ignore[attr-defined]
         trainer.settings,
+        points(max_new_tokens=(10,), mix_weights=(), rivals=()),
         eos_token_ids=end_token_ids(trainer.model, tokenizer),
-        max_new_tokens=10,
-        mix_weights=(),
     )
-    assert found["tokens_per_forward"] == measured["results"]["lossless"]["tokens_per_forward"]
+    lossless = entry_of(measured, sampler="lossless")
+    assert lossless is not None
+    assert found["tokens_per_forward"] == lossless["tokens_per_forward"]
     # An untrained model guesses: about log(rows of the embedding) nats a token.
     assert found["loss_ar"] == pytest.approx(torch.tensor(64.0).log().item(), abs=0.3)
     assert found["loss"] == pytest.approx((found["loss_ar"] + found["loss_diffusion"]) / 2)

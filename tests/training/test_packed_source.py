@@ -10,20 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoint.tiny import make_tokenizer
-from tests.contracts.models import random_ids
-from tests.training.runs import make_run, metrics_of
+from tests.training.runs import assert_decodes_the_text_of, make_run, metrics_of
 from zconvert.checkpoint.folder import sha256
 from zconvert.checkpoint.graft import convert_init
-from zconvert.checkpoint.load import load_model
 from zconvert.checkpoint.merge import merge_to_ar
-from zconvert.checkpoint.source import require_converted, resolve
+from zconvert.checkpoint.source import resolve
 from zconvert.errors import UserError
 from zconvert.recipe import MidtrainRecipe
-from zconvert.tidar.acceptance import Sampling
-from zconvert.tidar.decoding import DecodePlan
-from zconvert.tidar.engine import decode
-from zconvert.tidar.generate import layout_model_of
-from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.settings import GatedParts
 from zconvert.training import stages
 
@@ -72,13 +65,7 @@ def test_its_gated_checkpoint_learns_decodes_its_text_and_gives_it_back(packed: 
     losses = [row["loss_diffusion"] for row in metrics_of(Path(settings["output_dir"]))]
     assert losses[-1] < losses[0] - 0.1
 
-    plain, _ = load_model(resolve(packed), dtype="float32", device="cpu")
-    model, _ = load_model(resolve(trained), dtype="float32", device="cpu")
-    tidar, prompt = require_converted(resolve(trained)), random_ids((6,), seed=1).tolist()
-    lossless = DecodePlan.tidar(tidar, Sampling(), frozenset())
-    causal = DecodePlan.autoregressive(tidar.mask_token_id, Sampling(), frozenset())
-    text = [token for step in decode(layout_model_of(model), prompt, lossless, 16) for token in step.tokens]
-    assert text == [token for step in decode(LayoutModel(plain), prompt, causal, 16) for token in step.tokens]
+    assert_decodes_the_text_of(packed, trained)
 
     merge_to_ar(resolve(trained), tmp_path / "merged")
     for path in packed.iterdir():

@@ -15,17 +15,12 @@ from torch.nn.utils import parametrize
 
 from tests.contracts.families import make_family_model
 from tests.contracts.models import random_ids
-from tests.training.runs import make_run, metrics_of
+from tests.training.runs import assert_decodes_the_text_of, make_run, metrics_of
 from zconvert.checkpoint.folder import sha256
 from zconvert.checkpoint.graft import convert_init
-from zconvert.checkpoint.load import load_model
-from zconvert.checkpoint.source import require_converted, resolve
+from zconvert.checkpoint.source import resolve
 from zconvert.errors import UserError
 from zconvert.recipe import MidtrainRecipe
-from zconvert.tidar.acceptance import Sampling
-from zconvert.tidar.decoding import DecodePlan
-from zconvert.tidar.engine import decode
-from zconvert.tidar.generate import layout_model_of
 from zconvert.tidar.layout import packed_layout
 from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.settings import GatedParts
@@ -63,13 +58,7 @@ def test_gated_weights_learn_beside_a_quantised_source_and_are_saved_beside_the_
     for shard in (tmp_path / "source").glob("*.safetensors"):
         assert sha256(trained / shard.name) == sha256(shard)
 
-    plain, _ = load_model(resolve(tmp_path / "source"), dtype="float32", device="cpu")
-    model, _ = load_model(resolve(trained), dtype="float32", device="cpu")
-    tidar, prompt = require_converted(resolve(trained)), random_ids((6,), seed=1).tolist()
-    lossless = DecodePlan.tidar(tidar, Sampling(), frozenset())
-    causal = DecodePlan.autoregressive(tidar.mask_token_id, Sampling(), frozenset())
-    text = [token for step in decode(layout_model_of(model), prompt, lossless, 16) for token in step.tokens]
-    assert text == [token for step in decode(LayoutModel(plain), prompt, causal, 16) for token in step.tokens]
+    assert_decodes_the_text_of(tmp_path / "source", trained)
 
 
 @needs_bitsandbytes

@@ -145,6 +145,11 @@ def copy(src: Path, dst: Path) -> Placed:
     return "copy"
 
 
+def link(src: Path, dst: Path) -> None:
+    """Puts a symbolic link at `dst`, for a folder that is only read and soon goes again."""
+    dst.symlink_to(os.path.realpath(src))
+
+
 def copy_companions(src: Path, dst: Path, *, without: Collection[str] = ()) -> None:
     """Copies what belongs to a checkpoint beside its weights: tokenizer, chat templates, licence, its own code, and
     what a gated one keeps of its source.

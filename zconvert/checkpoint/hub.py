@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import glob
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, BinaryIO, cast
 
 from zconvert.checkpoint.headers import INDEX_FILE, MAX_HEADER_BYTES, SINGLE_FILE, ShardFiles
 from zconvert.errors import UserError
-from zconvert.tidar.settings import GATED_FILE
+from zconvert.tidar.settings import OWN_FILES
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*", "README.md"]
 # Copies for other programs are in sub-folders; what is wanted are additional_chat_templates/*.jinja and tidar/source.
@@ -22,6 +23,8 @@ _OTHER_FOLDERS = [f"{'tidar/'[:place]}[!{letter}]*/" for place, letter in enumer
 _IGNORED = [folder + files for folder in _OTHER_FOLDERS for files in ("*.json", "*.txt", "*.model", "*.tiktoken")]
 
 _TRIES_IN_VAIN = 3
+_ENTRY_BYTES, _FRAME_BYTES = 84, 200
+"""of a tensor in a shard's header beside its name, and of the rest, rather too many: one request then has it whole"""
 
 Progress = Callable[[int, int], None]
 """called with the bytes fetched and the bytes to fetch, as far as these are known yet"""
@@ -63,7 +66,10 @@ def fetch(
                     name,
                     revision=revision,
                     token=token,
-                    allow_patterns=[*SMALL_FILES, *map(glob.escape, [*shards, GATED_FILE] if shards else [])],
+                    allow_patterns=[
+                        *SMALL_FILES,
+                        *map(glob.escape, [*shards, *OWN_FILES] if shards else []),
+                    ],
                     ignore_patterns=_IGNORED,
                     tqdm_class=reporter,
                 )
@@ -95,28 +101,33 @@ def hub_files(folder: Path, name: str, commit: str, token: str | None = None) ->
     return _HubFiles(name, commit, token, shards)
 
 
-def _shards(folder: Path) -> list[str]:
-    """The weight files of a snapshot by its index; the single file where it is there or there is no index."""
+def _shards(folder: Path) -> dict[str, int]:
+    """The weight files of a snapshot by its index, with about the length of their headers; 0: nothing tells it.
+
+    The single file where it is there or there is no index.
+    """
     if (folder / SINGLE_FILE).exists():
-        return [SINGLE_FILE]
+        return {SINGLE_FILE: 0}
+    lengths: Counter[str] = Counter()
     try:
-        weight_map = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
-        return sorted(set(weight_map.values()))
+        for tensor, shard in json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].items():
+            lengths[shard] += len(tensor) + _ENTRY_BYTES
     except FileNotFoundError:
-        return [SINGLE_FILE]
+        return {SINGLE_FILE: 0}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []  # who reads the headers says what is wrong with the index
+        return {}  # who reads the headers says what is wrong with the index
+    return {shard: length + _FRAME_BYTES for shard, length in lengths.items()}
 
 
 class _HubFiles:
     """Shards on the Hub, of which only the requested ranges travel."""
 
-    _FIRST_BYTES = 1 << 18
-    """asked for at the beginnings of all shards together, in the hope that a header is no longer than its share"""
-    _LEAST, _MOST = 1 << 12, 1 << 17  # of one shard
-    _AT_ONCE = 8
+    _UNTOLD = 1 << 17
+    """bytes asked for first where nothing tells how long a header is"""
+    _MOST = 1 << 20
+    _AT_ONCE = 32
 
-    def __init__(self, name: str, commit: str, token: str | None, shards: Sequence[str]) -> None:
+    def __init__(self, name: str, commit: str, token: str | None, shards: Mapping[str, int]) -> None:
         from huggingface_hub import HfFileSystem
 
         self._name, self._commit, self._shards = name, commit, shards
@@ -142,9 +153,9 @@ class _HubFiles:
         """The headers of all shards, several at once: one after the other they take seconds."""
         present = self.names()
         wanted = [SINGLE_FILE] if SINGLE_FILE in present else [shard for shard in self._shards if shard in present]
-        share = min(self._MOST, max(self._LEAST, self._FIRST_BYTES // max(1, len(wanted))))
 
         def header(name: str) -> bytes:
+            share = min(self._MOST, self._shards.get(name) or self._UNTOLD)
             start = self._range(name, 0, share)
             length = 8 + int.from_bytes(start[:8], "little")
             # One that is too long to be true is refused by who reads it.

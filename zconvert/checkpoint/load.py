@@ -43,7 +43,7 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto", sha
     with _quiet():
         try:
             wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-            loaded: Any = _model_class(source).from_pretrained(
+            loaded: Any = model_class(source).from_pretrained(
                 source.folder,
                 dtype=wanted,
                 output_loading_info=True,
@@ -111,7 +111,7 @@ def end_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     return token_ids(model.generation_config.eos_token_id) | token_ids(tokenizer.eos_token_id)
 
 
-def _model_class(source: Source) -> Any:
+def model_class(source: Source) -> Any:
     """The class by which transformers loads a checkpoint as a causal language model.
 
     A composite model is loaded whole, so that it can be saved whole, and some text models (Mistral 4's) are in none of

@@ -12,7 +12,7 @@ from typing import Any
 
 from zconvert.checkpoint.folder import copy, new_folder, place, sha256
 from zconvert.checkpoint.json_patch import read_json
-from zconvert.checkpoint.provenance import PROVENANCE_FILE, SOURCE_FILES
+from zconvert.checkpoint.provenance import PROVENANCE_FILE, REWRITTEN, SOURCE_FILES
 from zconvert.checkpoint.source import Source, require_converted
 from zconvert.errors import UserError
 
@@ -44,6 +44,13 @@ def merge_to_ar(
             "autoregressively",
         )
     document = read_json(checkpoint.folder / PROVENANCE_FILE)
+    if document.get(REWRITTEN):
+        raise UserError(
+            f"{checkpoint.name} was exported with other weight files than its source has",
+            found=", ".join(f"{key} {value}" for key, value in document[REWRITTEN].items()),
+            expected="the source's weight files, byte for byte",
+            fix="merge the checkpoint that it was exported from, or take the source itself",
+        )
     entries = _entries(document, checkpoint.folder)
     files: dict[str, dict[str, Any]] = {}
     with new_folder(out) as folder:

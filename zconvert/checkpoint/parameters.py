@@ -125,7 +125,7 @@ def _ahead(embedding: TensorInfo | None, layers: int | None) -> Callable[[str], 
     stem = embedding.name.rsplit(".", 2)[0] + "." if embedding and embedding.name.count(".") > 1 else ""
 
     def ahead(name: str) -> bool:
-        if any(part.startswith("mtp") for part in name.split(".")):
+        if name.startswith("mtp") or ".mtp" in name:
             return True
         match = _LAYER.match(name.removeprefix(stem)) if name.startswith(stem) else None
         return layers is not None and match is not None and int(match[1]) >= layers

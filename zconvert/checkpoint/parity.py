@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from zconvert.checkpoint.headers import TensorInfo
+from zconvert.checkpoint.mask_token import Vocabulary
 from zconvert.checkpoint.plan import Plan
 from zconvert.checkpoint.source import Source
 from zconvert.errors import UserError
@@ -20,6 +23,9 @@ PROBE_TEXT = "The quick brown fox jumps over the lazy dog, and 7 wise men count 
 _PROBE_IDS = 32
 _TOLERANCE = {"float32": 1e-4, "auto": 2e-2}
 """largest difference of logits, as a share of the largest logit: where weights lie in memory changes the rounding"""
+
+
+Tensors = Mapping[str, TensorInfo]
 
 
 class NotComparable(Exception):
@@ -44,14 +50,14 @@ def compare_logits(plan: Plan, folder: Path) -> tuple[int, float]:
     from zconvert.checkpoint.load import load_model
 
     free = free_memory()
-    dtype = "float32" if free is None or weights_in_memory(plan, "float32") <= free else "auto"
+    dtype = "float32" if free is None or weights_in_memory(plan.tensors, "float32") <= free else "auto"
 
     def run(source: Source, ids: list[int]) -> tuple[list[int], list[int], torch.Tensor]:
         """The probe text's tokens, the ids the model was run on, and its logits."""
         gc.collect()  # a model's parts refer to each other, and two of them may not fit
         model, tokenizer = load_model(source, dtype=dtype, device="cpu")
         text = tokenizer(PROBE_TEXT, add_special_tokens=False).input_ids
-        ids = ids or _probe(plan, text)
+        ids = ids or probe_ids(text, plan.rows.vocabulary, plan.mask.id)
         try:
             with torch.inference_mode():
                 logits = model(torch.tensor([ids]), use_cache=False).logits
@@ -99,14 +105,14 @@ def free_memory() -> int | None:
         return None
 
 
-def weights_in_memory(plan: Plan, dtype: str) -> int:
-    """Bytes of the model's weights in memory."""
-    return sum(t.items * 4 if dtype == "float32" else t.bytes for t in plan.tensors.values())
+def weights_in_memory(tensors: Tensors, dtype: str) -> int:
+    """Bytes of a model's weights in memory."""
+    return sum(t.items * 4 if dtype == "float32" else t.bytes for t in tensors.values())
 
 
-def why_not(plan: Plan) -> str | None:
-    """Why auto leaves the logits out; None where it compares them."""
-    needed, free = weights_in_memory(plan, "float32"), free_memory()
+def why_not(tensors: Tensors) -> str | None:
+    """Why auto leaves the logits of a model out; None where it compares them."""
+    needed, free = weights_in_memory(tensors, "float32"), free_memory()
     if needed > AUTO_LOGITS_BYTES:
         return f"the model is large: {needed / 1e9:.3g} GB in float32"
     if free is None or needed > free / 4:
@@ -114,7 +120,7 @@ def why_not(plan: Plan) -> str | None:
     return None
 
 
-def _probe(plan: Plan, text: list[int]) -> list[int]:
+def probe_ids(text: list[int], vocabulary: Vocabulary, mask_token_id: int) -> list[int]:
     """The text's tokens, then some from all over the vocabulary, so that any tokenizer yields a probe."""
-    ids = sorted(set(plan.rows.vocabulary.texts) - {plan.mask.id})
-    return [i for i in text if i != plan.mask.id] + ids[:: max(1, len(ids) // _PROBE_IDS)][:_PROBE_IDS]
+    ids = sorted(set(vocabulary.texts) - {mask_token_id})
+    return [i for i in text if i != mask_token_id] + ids[:: max(1, len(ids) // _PROBE_IDS)][:_PROBE_IDS]

@@ -17,7 +17,7 @@ from zconvert.checkpoint.folder import ORIGINALS, can_link, companions, free_spa
 from zconvert.checkpoint.headers import INDEX_FILE, Headers, Shard, TensorInfo
 from zconvert.checkpoint.json_patch import parse_json_object, patch_json, read_json, read_json_text
 from zconvert.checkpoint.mask_token import MaskToken, choose_mask_token, read_vocabulary, tokenizer_patches
-from zconvert.checkpoint.provenance import PROVENANCE_FILE, SOURCE_FILES, provenance, source_files
+from zconvert.checkpoint.provenance import HISTORY, PROVENANCE_FILE, SOURCE_FILES, provenance, source_files
 from zconvert.checkpoint.rows import TokenRows
 from zconvert.checkpoint.source import Source, headers_of, read_config, tidar_settings
 from zconvert.checkpoint.verdict import require_convertible
@@ -150,7 +150,10 @@ def plan_conversion(source: Source, out: Path, choices: Choices | None = None, *
         texts[INDEX_FILE] = index
     copies = _copies(source.folder, headers, texts, gated=choices.gated is not None)
     kept = {SOURCE_FILES: source_files(source.folder, headers.shards, copies)} if choices.gated is not None else {}
-    origin = provenance(settings, conversion=_conversion(settings, choices), rows=_changed(rows), **kept)
+    history = [{"stage": "convert-init", "recipe": _recipe(source, out, settings, choices)}]
+    origin = provenance(
+        settings, conversion=_conversion(settings, choices), rows=_changed(rows), **{HISTORY: history}, **kept
+    )
     texts[PROVENANCE_FILE] = json.dumps(origin, indent=2) + "\n"
     plan = Plan(source, out, choices, settings, mask, headers, tensors, rows, texts, copies, ())
     return dataclasses.replace(plan, steps=tuple(_steps(plan, copy)))
@@ -244,6 +247,24 @@ def _conversion(settings: TidarSettings, choices: Choices) -> dict[str, Any]:
         mask |= {"init": choices.mask_init, "seed": choices.seed if choices.mask_init == "random" else None}
     proposals = None if settings.proposals is None else list(settings.proposals)
     return {"block_size": settings.block_size, "proposals": proposals, "mask_token": mask}
+
+
+def _recipe(source: Source, out: Path, settings: TidarSettings, choices: Choices) -> dict[str, Any]:
+    """The recipe of convert-init that makes the same choices."""
+    return {
+        "base_model": source.name,
+        "revision": source.revision,
+        "output_dir": str(out),
+        "seed": choices.seed,
+        "diffusion": {
+            "mode": settings.mode,
+            **({} if choices.gated is None else {"gated": dataclasses.asdict(choices.gated)}),
+            "block_size": choices.block_size,
+            "mask_token": choices.mask_token,
+            "mask_init": choices.mask_init,
+            "proposals": None if choices.proposals is None else list(choices.proposals),
+        },
+    }
 
 
 def _changed(rows: TokenRows) -> dict[str, list[int]]:

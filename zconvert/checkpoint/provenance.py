@@ -10,13 +10,21 @@ from typing import Any
 import zconvert
 from zconvert.checkpoint.folder import sha256
 from zconvert.checkpoint.headers import Shard
-from zconvert.checkpoint.json_patch import patch_json, read_json_text
+from zconvert.checkpoint.json_patch import patch_json, read_json, read_json_text
 from zconvert.tidar.settings import TidarSettings
 
 PROVENANCE_FILE = "provenance.json"
+TOOL = "zconvert"
 SOURCE_FILES = "source_files"
 """the key of a gated checkpoint's document under which the files of its source are (see merge.py)"""
+HISTORY = "history"
+"""the key under which the stages are that a checkpoint went through, in order: each with its `recipe`, and training
+stages with `steps` and `tokens_seen` (padding included)"""
 _HUB_HASH = 64  # hexadecimal digits of a sha256, by which the Hub's cache names large files
+REWRITTEN = "rewritten"
+"""the key under which an export tells how its weight files differ from the checkpoint's: `dtype`, `shards`"""
+_OF_THE_WEIGHTS = ("rows", "weights", "results")
+"""what a document says of weights that training moves, or of a measurement of them"""
 _LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "huggingface-hub")
 
 
@@ -28,14 +36,19 @@ def provenance(settings: TidarSettings, **more: Any) -> dict[str, Any]:
         "base_revision": settings.base_revision,
         "mode": settings.mode,
         "stages": list(settings.stages),
-        "tool": {"name": "zconvert", "version": zconvert.__version__},
+        "tool": _tool(),
         "libraries": {name: _version(name) for name in _LIBRARIES},
         **more,
     }
 
 
-def carried_on(base: Path, settings: TidarSettings) -> str | None:
-    """The base's document for a checkpoint trained from it: other stages, and no word of the rows it began with.
+def carried_on(base: Path, settings: TidarSettings, entry: Mapping[str, Any] | None = None) -> str | None:
+    """The base's document for a checkpoint trained from it: another stage, and no word of weights that it had.
+
+    Args:
+        base: folder of the checkpoint that was trained.
+        settings: of the new one.
+        entry: of the stage, for the history; None adds none.
 
     Raises:
         UserError: the base's document is malformed.
@@ -43,7 +56,22 @@ def carried_on(base: Path, settings: TidarSettings) -> str | None:
     path = base / PROVENANCE_FILE
     if not path.exists():
         return None
-    return patch_json(read_json_text(path), {"stages": list(settings.stages)}, remove=["rows"], name=PROVENANCE_FILE)
+    changes: dict[str, Any] = {"stages": list(settings.stages)}
+    if entry is not None:
+        changes[HISTORY] = [*history_of(base), {**entry, "tool": _tool()}]
+    frozen = settings.mode == "gated"  # then the source's files stay as they were before the training
+    remove = _OF_THE_WEIGHTS if frozen else (*_OF_THE_WEIGHTS, REWRITTEN)
+    return patch_json(read_json_text(path), changes, remove=remove, name=PROVENANCE_FILE)
+
+
+def history_of(folder: Path) -> list[dict[str, Any]]:
+    """The stages that a checkpoint went through, as far as it tells them.
+
+    Raises:
+        UserError: its document is malformed.
+    """
+    entries = read_json(folder / PROVENANCE_FILE).get(HISTORY)
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
 
 def source_files(folder: Path, shards: Iterable[Shard], carried: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
@@ -66,6 +94,10 @@ def source_files(folder: Path, shards: Iterable[Shard], carried: Mapping[str, Pa
         name = path.relative_to(folder).as_posix()
         files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path), **({"at": at} if at != name else {})}
     return files
+
+
+def _tool() -> dict[str, str]:
+    return {"name": TOOL, "version": zconvert.__version__}
 
 
 def _version(name: str) -> str | None:

@@ -60,11 +60,11 @@ def check_level(plan: Plan, level: Level) -> None:
         UserError: `level` is logits, and the model does not fit into the memory.
     """
     free = free_memory()
-    if level == "logits" and free is not None and weights_in_memory(plan, "auto") > free:
+    if level == "logits" and free is not None and weights_in_memory(plan.tensors, "auto") > free:
         raise UserError(
             "logits cannot be compared: the model does not fit into the memory",
             found=f"{free / 1e9:.3g} GB free",
-            expected=f"{weights_in_memory(plan, 'auto') / 1e9:.3g} GB for its weights",
+            expected=f"{weights_in_memory(plan.tensors, 'auto') / 1e9:.3g} GB for its weights",
             fix="--verify bytes",
         )
 
@@ -100,7 +100,7 @@ def verify(
             compared += _check_shard(plan, folder, new, shard, edits)
     compared += _check_copies(plan, folder)
     _check_texts(plan, folder, new)
-    skipped = why_not(plan) if level == "auto" else None
+    skipped = why_not(plan.tensors) if level == "auto" else None
     if level == "bytes" or skipped is not None:
         return Verified("bytes", linked, compared, logits_skipped=skipped)
     tell("Comparing logits")

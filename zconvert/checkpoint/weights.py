@@ -19,11 +19,13 @@ from zconvert.checkpoint.mask_token import EMBEDDING_NAMES, HEAD_NAMES
 from zconvert.checkpoint.provenance import PROVENANCE_FILE, carried_on
 from zconvert.errors import UserError
 from zconvert.tidar.families import language_config
-from zconvert.tidar.settings import GATED_FILE, TidarSettings
+from zconvert.tidar.settings import BIGRAM_FILE, GATED_FILE, TidarSettings
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+    from zconvert.tidar.bigram import Bigrams
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -52,14 +54,14 @@ def write_shard(
         file.write(start)
         for t in ordered:
             written = sum(file.write(chunk) for chunk in chunks(t.name))
-            if written != _bytes(t):
-                raise ValueError(f"{t.name}: {written} bytes written, {_bytes(t)} expected")
+            if written != stored_bytes(t):
+                raise ValueError(f"{t.name}: {written} bytes written, {stored_bytes(t)} expected")
 
 
 def shard_size(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> int:
     """Bytes of the file that `write_shard` would make."""
     start, ordered = _start_of_file(tensors, metadata)
-    return len(start) + sum(_bytes(t) for t in ordered)
+    return len(start) + sum(stored_bytes(t) for t in ordered)
 
 
 def _start_of_file(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> tuple[bytes, list[TensorInfo]]:
@@ -69,7 +71,7 @@ def _start_of_file(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for t in ordered:
-        start, end = end, end + _bytes(t)
+        start, end = end, end + stored_bytes(t)
         header[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -96,7 +98,7 @@ def index_patch(folder: Path, old: Headers, new: Iterable[TensorInfo]) -> str | 
     tensors = list(new)
     text = read_json_text(folder / INDEX_FILE)
     metadata = parse_json_object(text, INDEX_FILE).get("metadata")
-    totals: dict[str, Any] = {"total_size": sum(_bytes(t) for t in tensors)}
+    totals: dict[str, Any] = {"total_size": sum(stored_bytes(t) for t in tensors)}
     # Only the difference: the library counts tied weights once, whatever is on disk.
     if isinstance(metadata, dict) and isinstance(metadata.get("total_parameters"), int):
         grown = sum(t.items for t in tensors) - sum(t.items for t in old.tensors.values())
@@ -113,6 +115,8 @@ def save_trained(
     dtype: Literal["source", "float32", "bfloat16"] = "source",
     extra_texts: Mapping[str, str] | None = None,
     pieces: Iterable[dict[str, torch.Tensor]] | None = None,
+    bigrams: Bigrams | None = None,
+    entry: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a trained model as a checkpoint that looks like the one it was loaded from.
 
@@ -129,17 +133,19 @@ def save_trained(
             than most of its tensors (routers' biases) stays wide.
         extra_texts: further files to write, instead of the base's where it has them: text by file name.
         pieces: the model's tensors, from `pieces_on_disk`; for a sharded model, in the process that writes.
+        bigrams: of the training text, for its drafts.
+        entry: of the stage, for the history in `provenance.json`.
 
     Raises:
         UserError: `out` exists or cannot be written, or the model's tensors are not those of the base.
     """
     headers = read_headers(base)
-    targets = _with_types(headers, dtype)
-    texts = {"config.json": _config_patch(base, settings, dtype)}
+    targets = with_types(headers, dtype)
+    texts = {"config.json": config_patch(base, settings, dtype)}
     index = index_patch(base, headers, targets.values())
     if index is not None:
         texts[INDEX_FILE] = index
-    origin = carried_on(base, settings)
+    origin = carried_on(base, settings, entry)
     if origin is not None:
         texts[PROVENANCE_FILE] = origin
     texts |= extra_texts or {}
@@ -150,16 +156,24 @@ def save_trained(
         sources = _match(headers, saved)
         for shard in headers.shards:
             tensors = [t for t in targets.values() if t.shard == shard.name]
-            write_shard(folder / shard.name, tensors, shard.metadata, _converter(saved_folder, sources, targets))
+            write_shard(folder / shard.name, tensors, shard.metadata, converted_chunks(saved_folder, sources, targets))
         shutil.rmtree(saved_folder)
         copy_companions(base, folder, without=texts)
         for name, text in texts.items():
             (folder / name).write_bytes(text.encode())
+        _save_bigrams(bigrams, folder)
         check_written(folder, targets)
 
 
 def save_gated(
-    weights: Any, base: Path, out: Path, *, settings: TidarSettings, extra_texts: Mapping[str, str] | None = None
+    weights: Any,
+    base: Path,
+    out: Path,
+    *,
+    settings: TidarSettings,
+    extra_texts: Mapping[str, str] | None = None,
+    bigrams: Bigrams | None = None,
+    entry: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a gated checkpoint: the base's files, its weights by link where the disk can, and the gated weights.
 
@@ -169,6 +183,8 @@ def save_gated(
         out: folder to write; must not exist.
         settings: written to the `tidar` section of `config.json`.
         extra_texts: see `save_trained`.
+        bigrams: likewise.
+        entry: see `save_trained`.
 
     Raises:
         UserError: `out` exists or cannot be written.
@@ -177,7 +193,7 @@ def save_gated(
 
     headers = read_headers(base)
     texts = {"config.json": patch_config(base, {"tidar": settings.to_dict()})}
-    origin = carried_on(base, settings)
+    origin = carried_on(base, settings, entry)
     if origin is not None:
         texts[PROVENANCE_FILE] = origin
     texts |= extra_texts or {}
@@ -193,7 +209,17 @@ def save_gated(
         save_file(tensors, path, metadata={"format": "pt"})
         for name, text in texts.items():
             (folder / name).write_bytes(text.encode())
+        _save_bigrams(bigrams, folder)
         check_written(folder, headers.tensors)
+
+
+def _save_bigrams(bigrams: Bigrams | None, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    if bigrams is not None:
+        path = folder / BIGRAM_FILE
+        path.parent.mkdir(exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in bigrams.tensors().items()}, path)
 
 
 def check_written(folder: Path, expected: Mapping[str, TensorInfo]) -> None:
@@ -212,12 +238,13 @@ def _form(tensor: TensorInfo) -> tuple[str, tuple[int, ...], str]:
     return tensor.dtype, tensor.shape, tensor.shard
 
 
-def _bytes(tensor: TensorInfo) -> int:
+def stored_bytes(tensor: TensorInfo) -> int:
+    """Bytes of a tensor in a file, by its type and shape."""
     return math.prod(tensor.shape) * DTYPE_BITS[tensor.dtype] // 8
 
 
-def _with_types(headers: Headers, dtype: str) -> dict[str, TensorInfo]:
-    """The base's tensors with the types to write them in."""
+def with_types(headers: Headers, dtype: str) -> dict[str, TensorInfo]:
+    """A checkpoint's tensors with the types to write them in (source, float32 or bfloat16), without offsets."""
     floats = [t for t in headers.tensors.values() if t.dtype in _FLOATS]
     sizes = {d: sum(t.bytes for t in floats if t.dtype == d) for d in _FLOATS}
     main = max(sizes, key=lambda d: sizes[d])
@@ -230,7 +257,8 @@ def _with_types(headers: Headers, dtype: str) -> dict[str, TensorInfo]:
     return {name: TensorInfo(name, type_of(t), t.shape, t.shard, 0, 0) for name, t in headers.tensors.items()}
 
 
-def _config_patch(base: Path, settings: TidarSettings, dtype: str) -> str:
+def config_patch(base: Path, settings: TidarSettings, dtype: str) -> str:
+    """The text of `config.json` with these settings, and the type of the weights where that is not the source's."""
     text = patch_config(base, {"tidar": settings.to_dict()})
     if dtype == "source":
         return text
@@ -315,10 +343,16 @@ def _match(base: Headers, saved: Headers) -> dict[str, TensorInfo]:
     return sources
 
 
-def _converter(
+def converted_chunks(
     folder: Path, sources: Mapping[str, TensorInfo], targets: Mapping[str, TensorInfo]
 ) -> Callable[[str], Iterator[bytes]]:
-    """Tensor name -> its bytes in the type to write."""
+    """Tensor name -> its bytes in the type to write.
+
+    Args:
+        folder: where the tensors are.
+        sources: them, by the name that they are asked for.
+        targets: the types to write.
+    """
     import torch
     from safetensors import safe_open
 

@@ -21,6 +21,7 @@ from zconvert.cli import (
     recipes,
     report,
     run,
+    serve,
     sft,
     tasks,
     ui,
@@ -84,8 +85,18 @@ app.command(
     epilog=_examples(
         "zconvert generate ./my-run 'Once upon a time' --show-blocks",
         "zconvert generate ./my-run --sampler mixed --mix-weight 0.3 < prompt.txt",
+        "zconvert generate ./my-run --prompts prompts.jsonl --out texts.jsonl",
+        "zconvert generate ./my-run --chat --temperature 0.7",
     ),
 )(ui.handled(generate.command))
+app.command(
+    "serve",
+    epilog=_examples(
+        "zconvert serve ./my-run --batch-size 16",
+        "curl localhost:8000/v1/completions -H 'Content-Type: application/json' "
+        """-d '{"model": "my-run", "prompt": "Once"}'""",
+    ),
+)(ui.handled(serve.command))
 app.command("bench", epilog=_examples("zconvert bench ./my-run", "zconvert bench ./my-run --json > bench.json"))(
     ui.handled(bench.command)
 )
@@ -113,7 +124,14 @@ app.command(
         "zconvert lm-eval run --model zconvert --model_args pretrained=./my-run,sampler=mix:0.5 --tasks gsm8k"
     ),
 )(ui.handled(lm_eval.command))
-app.command("export", epilog=_examples("zconvert export ./my-run --out ./my-tidar-model"))(ui.handled(export.command))
+app.command(
+    "export",
+    epilog=_examples(
+        "zconvert export ./my-run --out ./my-tidar-model",
+        "zconvert export ./my-run --hub my-name/my-tidar-model --private --dry-run",
+        "zconvert export ./my-run --check vllm",
+    ),
+)(ui.handled(export.command))
 app.command(
     "run",
     epilog=_examples("zconvert run recipes/quickstart/pipeline.yaml", "zconvert run pipeline.yaml --dry-run"),

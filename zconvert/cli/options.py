@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from zconvert.tidar.settings import check_proposals
+from zconvert.errors import UserError
+from zconvert.tidar.settings import TidarSettings, check_proposals
+
+if TYPE_CHECKING:
+    from zconvert.tidar.decoding import DecodePlan
 
 
 class Dtype(StrEnum):
@@ -26,6 +31,21 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class Sampler(StrEnum):
+    """Values of --sampler."""
+
+    LOSSLESS = "lossless"
+    MIXED = "mixed"
+    AR = "ar"
+
+
+class Mode(StrEnum):
+    """Values of --mode."""
+
+    SINGLE = "single"
+    TWO = "two"
+
+
 Checkpoint = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder, a training run's folder, or a Hub id.")
 ]
@@ -33,6 +53,16 @@ BlockSize = Annotated[int | None, typer.Option(min=2, help="Tokens a forward can
 Proposals = Annotated[
     str | None,
     typer.Option(metavar="1,3,5", help="Accepted counts that get a proposal block. Default: the checkpoint's."),
+]
+SamplerOption = Annotated[
+    Sampler, typer.Option(help="lossless: as AR would sample; mixed: faster, not exact; ar: one token a forward.")
+]
+MixWeight = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Of --sampler mixed: share of AR in what verifies. Default: 0.5."),
+]
+ModeOption = Annotated[
+    Mode, typer.Option(help="single: forwards verify and draft at once; two: they take turns, each with less to do.")
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: the checkpoint's own.")]
 DeviceOption = Annotated[Device, typer.Option(help="auto: a GPU where there is one.")]
@@ -66,19 +96,80 @@ def accepted_counts(text: str | None, block_size: int | None = None) -> tuple[in
         ) from None
 
 
-def numbers(text: str, option: str) -> list[int]:
+def numbers(text: str, option: str) -> tuple[int, ...]:
     """Whole numbers from 1 with commas between them, in order and without repeats.
 
     Raises:
         typer.BadParameter: it is no such list.
 
     >>> numbers("4,1,4", "--k")
-    [1, 4]
+    (1, 4)
     """
     try:
-        found = sorted({int(part) for part in text.split(",")})
+        found = tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
-        found = [0]
+        found = (0,)
     if found[0] < 1:
         raise typer.BadParameter(f"{text!r} is no list of whole numbers from 1, such as 1,4,16", param_hint=option)
     return found
+
+
+def size_in_bytes(text: str, option: str) -> int:
+    """A size as people write it.
+
+    Args:
+        text: a number with B, KB, MB, GB or TB behind it; units are powers of 1000.
+        option: that it is the value of.
+
+    Raises:
+        typer.BadParameter: it is no such size.
+
+    >>> size_in_bytes("1.5GB", "--max-shard-size")
+    1500000000
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", text.strip(), re.IGNORECASE)
+    count = int(float(match[1]) * 1000 ** ("KMGT".find(match[2].upper()) + 1 if match[2] else 0)) if match else 0
+    if count < 1:
+        raise typer.BadParameter(f"{text!r} is no size, such as 5GB or 500MB", param_hint=option)
+    return count
+
+
+def plan(
+    settings: TidarSettings,
+    sampler: Sampler,
+    mix_weight: float | None,
+    mode: Mode,
+    proposals: tuple[int, ...] | None,
+    block_size: int | None,
+    **sampling: Any,
+) -> DecodePlan:
+    """The decoding that these options ask for; its end tokens are left open.
+
+    Args:
+        settings: of the checkpoint.
+        sampler: value of --sampler.
+        mix_weight: of --mix-weight.
+        mode: of --mode.
+        proposals: of --proposals, see `accepted_counts`.
+        block_size: of --block-size.
+        **sampling: fields of `Sampling`.
+
+    Raises:
+        UserError: they do not go together, or with the checkpoint.
+    """
+    from zconvert.tidar.acceptance import Sampling
+    from zconvert.tidar.generate import plan_of
+
+    try:
+        return plan_of(
+            settings,
+            Sampling(**sampling),
+            frozenset(),
+            sampler=str(sampler),
+            mix_weight=mix_weight,
+            proposals=proposals,
+            block_size=block_size,
+            mode=str(mode),
+        )
+    except ValueError as error:
+        raise UserError(f"these options cannot work: {error}", fix="see the command's --help") from error

@@ -44,7 +44,7 @@ def command(
     export = load_recipe(pipeline, PipelineRecipe).export
     if export is not None:
         base, output = recipes[-1][1].output_dir, Path(export.output_dir).expanduser()
-        stages.append(export_stage(base, output, lambda: _discard(export_shown(base, output))))
+        stages.append(export_stage(base, output, lambda: _discard(export_shown(base, output, verify=True))))
 
     def tell(stage: Stage, status: Status) -> None:
         words = {"complete": "complete and unchanged, skipped", "begun": "goes on", "missing": "runs"}

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -59,6 +60,19 @@ def facts(rows: Iterable[tuple[str, str]]) -> Table:
     for name, text in rows:
         table.add_row(Text(f"  {name}"), Text(text))
     return table
+
+
+def progress() -> Progress:
+    """A bar on stderr for what is counted; none where nobody looks on."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    )
 
 
 def handled(command: Command) -> Command:

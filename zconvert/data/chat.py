@@ -81,6 +81,23 @@ def prompt(row: dict[str, Any], dataset: DatasetRecipe, tokenizer: Any, template
         messages = messages[:-1]
     if not messages:
         raise UserError("the conversation has no prompt", expected="a message before the assistant's", fix=_FIX)
+    return asking_ids(messages, tokenizer, template, tools)
+
+
+def asking_ids(
+    messages: Sequence[Message], tokenizer: Any, template: str | None = None, tools: list[dict[str, Any]] | None = None
+) -> list[int]:
+    """Token ids of a conversation and what asks the assistant to speak next.
+
+    Args:
+        messages: each with its role.
+        tokenizer: a fast transformers tokenizer.
+        template: Jinja text; the tokenizer's own where None.
+        tools: that the template is told of.
+
+    Raises:
+        UserError: there is no template, or it refuses the conversation.
+    """
     text, _ = _render(messages, tools, tokenizer, template_of(tokenizer, template, tools), ask=True)
     return list(tokenizer([text], add_special_tokens=False)["input_ids"][0])
 

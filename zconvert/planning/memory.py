@@ -5,9 +5,10 @@ forward, H hidden width, L layers, V vocabulary, b bytes of a number in the forw
 `n = R · 2T / c` tokens of packed rows (`(1 + f) T` where a fraction f of the blocks is drawn).
 
 **Full mode.** Every weight has a float32 master, gradient, mean and square: 16 P / N bytes (4 + 4 + about 2 with 8-bit
-Adam, 4 + 4 + 4 with Muon). **Gated mode.** The frozen source takes P · bits / 8 (32 as training loads it today; 8 and 4
-packed), the trained weights 16 bytes each. Its clean half runs first and without gradients: of it stay keys and values
-alone, `R · T / c · KV width · b`, and activations are those of the mask half, `n / 2` tokens.
+Adam, 4 + 4 + 4 with Muon). FSDP gathers them in float32, and where gradients are summed once in several forwards each
+device adds up the whole model's, 4 P. **Gated mode.** The frozen source takes P · bits / 8 (32 as training loads it
+today; 8 and 4 packed), the trained weights 16 bytes each. Its clean half runs first and without gradients: of it stay
+keys and values alone, `R · T / c · KV width · b`, and activations are those of the mask half, `n / 2` tokens.
 
 Activations that a layer keeps for its backward pass, bytes a token (measured with saved-tensor hooks on transformers'
 own Llama, Mixtral, Qwen3-MoE and ZAYA; tests/planning/test_memory.py holds the formula against them):
@@ -74,7 +75,7 @@ def memory_of(model: ModelFacts, work: Workload, layout: Layout) -> Memory:
         an estimate of the peak: parts that do not meet at one moment are added up all the same.
     """
     tokens = work.micro_batch_size * work.tokens_per_row / layout.context_parallel
-    number, shards = work.compute_bytes, layout.gpus if layout.sharded else 1
+    number, shards = work.compute_bytes, layout.fsdp
     gated = None if work.gated is None else model.gated_parameters(work.gated)
     trained = model.total if gated is None else gated
     masters = 4 * trained / shards
@@ -95,7 +96,7 @@ def memory_of(model: ModelFacts, work: Workload, layout: Layout) -> Memory:
         inputs += (tokens - learning) * (number * model.kv_width + 2 * _RESIDUAL_BYTES * model.hidden)
     return Memory(
         parameters=weights,
-        gradients=4 * trained / shards,
+        gradients=4 * trained * (1 / shards + work.gathers_gradients(layout.sharded)),
         optimizer=work.state_bytes * trained / shards,
         activations=kept,
         packed_sequence=inputs,
@@ -147,11 +148,16 @@ def _communication_bytes(model: ModelFacts, work: Workload, layout: Layout, toke
         return 0.0
     number, size = work.compute_bytes, 0.0
     if layout.sharded:
+        gathered, full = work.gathered_bytes, work.gated is None
         routed = model.experts * model.expert_parameters
         layer = model.largest_layer - routed + routed / layout.expert_parallel
         # One layer runs while the next one is gathered; gradients of one wait to be summed.
-        size += layer * number * (2 if work.gated is not None else 3)
-        size += model.head_parameters * number * (1 if work.gated is not None else 2)
+        size += layer * gathered * (3 if full else 2)
+        size += model.head_parameters * gathered * (2 if full else 1)
+        if gathered > number:  # autocast's copies, which the backward pass keeps
+            size += number * (
+                layer if work.gradient_checkpointing else model.shared_parameters + routed * model.moe_layers
+            )
     if layout.context_parallel > 1:
         # Clean keys and values of one layer, of the whole row, and their gradient.
         width = max((cache.width for cache in model.caches), default=2 * model.keys)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from zconvert.errors import UserError
 from zconvert.planning.acceptance import Curve
 from zconvert.planning.decoding import (
     Cell,
@@ -56,6 +57,9 @@ def plan_stage(model: ModelFacts, work: Workload, machine: Machine, gpus: int, t
         machine: one of the devices.
         gpus: how many.
         tokens: clean tokens to train on; None: as many as the stage's `max_steps` take.
+
+    Raises:
+        UserError: the recipe's own layout cannot be.
     """
     candidates: list[tuple[Layout, Memory, StepTime]] = []
     rejected: list[tuple[Layout, str]] = []
@@ -65,6 +69,12 @@ def plan_stage(model: ModelFacts, work: Workload, machine: Machine, gpus: int, t
             impossible.append((layout, obstacle))
             continue
         candidates.append((layout, memory_of(model, work, layout), step_time(model, work, layout, machine)))
+    if not candidates:
+        raise UserError(
+            f"{work.stage}: the layout that its recipe's parallel: section says cannot be",
+            found="; ".join(obstacle for _, obstacle in impossible),
+            fix="change that section, or --gpus",
+        )
     usable = machine.usable_bytes
     fitting = [candidate for candidate in candidates if candidate[1].total <= usable]
 
@@ -267,7 +277,8 @@ def summary(stages: Sequence[StagePlan], machine: Machine, gpus: int, cells: Seq
         if stage.fits:
             fewer = stage.least_gpus
             also = f" (the least is {fewer})" if fewer is not None and fewer < gpus else ""
-            lines.append(f"{name}Fits on {gpus} × {machine.name} with {stage.layout.title}: {room} a device{also}.")
+            spread = stage.layout.title + (" (the recipe's)" if stage.work.parallel is not None else "")
+            lines.append(f"{name}Fits on {gpus} × {machine.name} with {spread}: {room} a device{also}.")
         else:
             needs = f"{stage.least_gpus} would do" if stage.least_gpus else "no number of them up to 1024 would do"
             lines.append(f"{name}Does not fit on {gpus} × {machine.name}: {room} a device at best; {needs}.")

@@ -8,9 +8,10 @@ instead of 2 + 4.
 
     compute        FLOP / (F · training_efficiency)
     optimizer      28 bytes for each trained parameter of the device / memory bandwidth, once a step
-    communication  FSDP: weights gathered twice in the forward's format and gradients sent once in float32, each
-                   micro-batch; CP: clean keys and values gathered in every layer, their gradients sent back;
-                   EP: tokens sent to their experts and back, forward and backward
+    communication  FSDP: weights gathered twice, each micro-batch, in float32 (in gated mode in the forward's format),
+                   gradients sent once a step, or each micro-batch with sync_every_forward; CP: clean keys and values
+                   gathered in every layer, their gradients sent back; EP: tokens sent to their experts and back,
+                   forward and backward
     step           max(compute, FSDP) + CP + EP + optimizer: gathering layers overlaps with work, the others wait
 
 Within a node devices talk over its link, else over the network. `training_efficiency` 0.35 of the data sheet is what
@@ -69,17 +70,13 @@ def step_time(model: ModelFacts, work: Workload, layout: Layout, machine: Machin
     rows = layout.rows * work.micro_batch_size * accumulation
     flops = rows * row_flops(model, work)
     trained = model.total if work.gated is None else model.gated_parameters(work.gated)
-    shards = layout.gpus if layout.sharded else 1
-    one_node = layout.gpus <= machine.gpus_per_node
-    link = 1e9 * (machine.link_gb_s if one_node else machine.network_gb_s)
-    sharding = 0.0
-    if layout.gpus > 1:
-        sharding = 4 * trained * (1 if layout.sharded else 2)
-        if layout.sharded:
-            sharding += 2 * number * model.total
-    inner = 1e9 * machine.link_gb_s  # devices that share a row or a layer's experts sit in one node
-    far = max(layout.context_parallel, layout.expert_parallel) > machine.gpus_per_node
-    inner = 1e9 * machine.network_gb_s if far else inner
+    gathering = summing = 0.0
+    if layout.sharded:
+        gathering = 2 * work.gathered_bytes * model.total / _link(machine, layout.fsdp)
+        summing = 4 * trained / _link(machine, layout.fsdp)
+    if layout.replicas > 1:
+        summing += 2 * 4 * trained / layout.fsdp / _link(machine, layout.gpus)
+    inner = _link(machine, max(layout.context_parallel, layout.expert_parallel))
     packed = work.micro_batch_size * work.tokens_per_row / layout.context_parallel
     context = 0.0
     if layout.context_parallel > 1:
@@ -92,13 +89,18 @@ def step_time(model: ModelFacts, work: Workload, layout: Layout, machine: Machin
         experts = passes * packed * model.experts_per_token * model.hidden * number * model.moe_layers * away / inner
     return StepTime(
         compute=flops / layout.gpus / (machine.flops(number) * machine.training_efficiency),
-        optimizer=_OPTIMIZER_BYTES * trained / shards / (machine.bytes_per_second * machine.bandwidth_efficiency),
-        sharding=accumulation * sharding / link,
+        optimizer=_OPTIMIZER_BYTES * trained / layout.fsdp / (machine.bytes_per_second * machine.bandwidth_efficiency),
+        sharding=accumulation * gathering + (accumulation if work.sync_every_forward else 1) * summing,
         context=accumulation * context,
         experts=accumulation * experts,
         tokens=rows * work.sequence_len,
         flops=flops,
     )
+
+
+def _link(machine: Machine, neighbours: int) -> float:
+    """Bytes a second between so many devices side by side."""
+    return 1e9 * (machine.link_gb_s if neighbours <= machine.gpus_per_node else machine.network_gb_s)
 
 
 def row_flops(model: ModelFacts, work: Workload) -> float:

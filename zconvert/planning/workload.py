@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from zconvert.recipe import TrainingRecipe
+from zconvert.recipe import ParallelRecipe, TrainingRecipe
 from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, GatedParts
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -42,11 +42,24 @@ class Workload:
     block_size: int = DEFAULT_BLOCK_SIZE
     save_total_limit: int = 2
     """train states kept"""
+    parallel: ParallelRecipe | None = None
+    """how the recipe has devices share the work; None: it does not say"""
+    sync_every_forward: bool = False
+    """gradients are summed over devices after every forward, not once a step"""
 
     @property
     def tokens_per_row(self) -> float:
         """Tokens of a packed row."""
         return (1 + self.diffusion_fraction) * self.sequence_len
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Of a weight that FSDP gathers: in full mode the float32 one, which autocast casts."""
+        return 4 if self.gated is None else self.compute_bytes
+
+    def gathers_gradients(self, sharded: bool) -> bool:
+        """Whether each device adds up the whole model's gradient over the forwards of a step."""
+        return sharded and self.gated is None and self.gradient_accumulation_steps > 1 and not self.sync_every_forward
 
     @property
     def learning(self) -> float:
@@ -82,6 +95,8 @@ def workload_of(recipe: TrainingRecipe, block_size: int, gated: GatedParts | Non
         diffusion_fraction=recipe.diffusion.diffusion_fraction,
         block_size=block_size,
         save_total_limit=recipe.save_total_limit,
+        parallel=recipe.parallel if recipe.parallel.model_fields_set - {"sync_every_forward"} else None,
+        sync_every_forward=recipe.parallel.sync_every_forward,
     )
 
 

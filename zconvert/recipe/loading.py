@@ -39,7 +39,7 @@ def load_recipe(path: Path, model_class: type[RecipeT]) -> RecipeT:
         UserError: the file cannot be read, or its contents are wrong; all unknown keys and bad values in one error.
     """
     fix = "correct these; recipes/ has a commented example of each stage"
-    return load_checked(path, model_class, kind=f"{model_class.stage} recipe", fix=fix)
+    return load_checked(path, model_class, kind=f"{model_class.stage} recipe", fix=fix, stage=model_class.stage)
 
 
 def load_training_recipe(path: Path) -> TrainingRecipe:
@@ -58,7 +58,7 @@ def load_training_recipe(path: Path) -> TrainingRecipe:
     raise min(refusals, key=lambda error: (error.found or "").count("\n"))
 
 
-def load_checked(path: Path, model_class: type[SectionT], *, kind: str, fix: str) -> SectionT:
+def load_checked(path: Path, model_class: type[SectionT], *, kind: str, fix: str, stage: str | None = None) -> SectionT:
     """Reads a YAML file into a section of its own.
 
     Args:
@@ -66,11 +66,14 @@ def load_checked(path: Path, model_class: type[SectionT], *, kind: str, fix: str
         model_class: its contents.
         kind: what to call the file in messages.
         fix: what a user can do about mistakes in it.
+        stage: whose recipe is meant, where the file has those of several, as an export writes it.
 
     Raises:
         UserError: the file cannot be read, or its contents are wrong; all unknown keys and bad values in one error.
     """
     values, lines, problems = _read_file(path)
+    if list(values) == ["stages"] and stage is not None:
+        values, lines = _of_stage(path, values["stages"], lines, stage)
     checked: SectionT | None = None
     try:
         checked = model_class.model_validate(values)
@@ -84,6 +87,17 @@ def load_checked(path: Path, model_class: type[SectionT], *, kind: str, fix: str
             fix=fix,
         )
     return checked
+
+
+def _of_stage(
+    path: Path, entries: Any, lines: dict[KeyPath, int], stage: str
+) -> tuple[dict[Any, Any], dict[KeyPath, int]]:
+    """The last recipe of a stage among those of all, `{stage, recipe}` each, and its lines."""
+    for number, entry in reversed(list(enumerate(entries if isinstance(entries, list) else []))):
+        if isinstance(entry, dict) and entry.get("stage") == stage and isinstance(entry.get("recipe"), dict):
+            here: KeyPath = ("stages", number, "recipe")
+            return entry["recipe"], {key[len(here) :]: line for key, line in lines.items() if key[: len(here)] == here}
+    raise UserError(f"{path} has no recipe of {stage}", found="stages: of others", fix="give another file")
 
 
 def load_pipeline(path: Path) -> list[tuple[Path, Recipe]]:

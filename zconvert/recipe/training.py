@@ -36,6 +36,11 @@ class TrainingDiffusion(Section):
         description="mask slots per clean token of a row; below 1, whole blocks of those scored are drawn, and "
         "a step costs (1 + diffusion_fraction) / 2",
     )
+    bigram_tokens: int = Field(
+        2_000_000,
+        ge=0,
+        description="training tokens in which it is counted which token follows which, for the drafts; 0: none",
+    )
 
 
 class TrainingRecipe(Recipe):

@@ -9,7 +9,7 @@ Random numbers come in as uniform numbers in [0, 1), so that each row can have a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from .bigram import CANDIDATES, WEIGHT, Bigrams
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,14 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def make_drafts(logits: Tensor, counts: Tensor, sampling: Sampling, uniform: Tensor | None) -> Drafts:
+def make_drafts(
+    logits: Tensor,
+    counts: Tensor,
+    sampling: Sampling,
+    uniform: Tensor | None,
+    bigrams: Bigrams | None = None,
+    previous: Tensor | None = None,
+) -> Drafts:
     """Draws drafts.
 
     Args:
@@ -148,13 +157,46 @@ def make_drafts(logits: Tensor, counts: Tensor, sampling: Sampling, uniform: Ten
         counts: (R,) how many of a row's slots are wanted.
         sampling: how q is made.
         uniform: (R, m) numbers in [0, 1); None where greedy.
+        bigrams: draws from left to right, with what a token makes likelier after it; None: slots by themselves.
+        previous: (R,) the token before the first slot, for `bigrams`.
     """
+    if bigrams is not None and previous is not None:
+        return _drafts_from_left_to_right(logits, counts, sampling, uniform, bigrams, previous)
     kept = logits if sampling.mix_weight < 1 else None
     if sampling.greedy:
         return Drafts(logits.argmax(-1), counts, None, kept)
     assert uniform is not None
     probs = probabilities(logits, sampling)
     return Drafts(draw(probs, uniform), counts, probs, kept)
+
+
+def _drafts_from_left_to_right(
+    logits: Tensor,
+    counts: Tensor,
+    sampling: Sampling,
+    uniform: Tensor | None,
+    bigrams: Bigrams,
+    previous: Tensor,
+) -> Drafts:
+    top, candidates = logits.topk(min(CANDIDATES, logits.shape[-1]), dim=-1)  # (R, m, K)
+    tokens, probs, biased = [], [], []
+    for slot in range(logits.shape[1]):
+        here, own = candidates[:, slot], top[:, slot] + WEIGHT * bigrams.of(previous, candidates[:, slot])
+        if not sampling.greedy or sampling.mix_weight < 1:
+            biased.append(logits[:, slot].scatter(1, here, own))
+        if sampling.greedy:
+            previous = here.gather(1, own.argmax(-1, keepdim=True)).squeeze(1)
+        else:
+            assert uniform is not None
+            probs.append(probabilities(biased[-1], sampling))
+            previous = draw(probs[-1], uniform[:, slot])
+        tokens.append(previous)
+    return Drafts(
+        torch.stack(tokens, dim=1),
+        counts,
+        torch.stack(probs, dim=1) if probs else None,
+        torch.stack(biased, dim=1) if sampling.mix_weight < 1 else None,
+    )
 
 
 @torch.no_grad()
@@ -221,11 +263,6 @@ def accept(p: Tensor, q: Tensor, tokens: Tensor, counts: Tensor, uniform: Tensor
     # Rejection has probability 0 where p = q; rounding must not leave nothing to draw from.
     rejected = (accepted < counts) & (residual.sum(-1) > 0)
     return accepted, draw(torch.where(rejected[:, None], residual, target), uniform[:, -1])
-
-
-def drafting(sampling: Sampling, temperature: float | None) -> Sampling:
-    """How drafts are drawn for a target: as the target is, or at a temperature of their own."""
-    return sampling if temperature is None or sampling.greedy else replace(sampling, temperature=temperature)
 
 
 def _counted(drafts: Drafts) -> Tensor:

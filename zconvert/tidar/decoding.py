@@ -25,6 +25,8 @@ class DecodePlan:
     """tokens that end a text"""
     two_forwards: bool = False
     """drafts are made and verified in forwards of their own, in turn: fewer tokens in a forward, twice the forwards"""
+    bigrams: bool = True
+    """drafts are chosen from left to right with the checkpoint's bigrams, where it has them"""
 
     @classmethod
     def tidar(

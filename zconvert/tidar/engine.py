@@ -361,7 +361,9 @@ class Engine:
                 logits = penalised(logits, seen, sampling.repetition_penalty)
             number = torch.tensor([wanted[i] for i in members], device=hidden.device)
             uniform = None if sampling.greedy else self._uniform(group, most)
-            batch = _Drafted(group, make_drafts(logits, number, sampling, uniform))
+            bigrams = self._model.bigrams if self.plan.bigrams else None
+            previous = torch.tensor([row.next_token for row in group], device=hidden.device)
+            batch = _Drafted(group, make_drafts(logits, number, sampling, uniform, bigrams, previous))
             for place_in_batch, (row, index) in enumerate(zip(group, members, strict=True)):
                 row.drafted, row.num_drafts = (batch, place_in_batch), wanted[index]
                 row.first_slot = self.plan.block_size - counts[index]  # a block's last slots are the ones left

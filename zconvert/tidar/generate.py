@@ -17,7 +17,9 @@ from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import cached_file
 
+from ._requirements import OLDEST  # noqa: F401  # first of all
 from .acceptance import Sampling
+from .bigram import Bigrams
 from .decoding import DecodePlan, Request, Result
 from .engine import Engine
 from .generate_options import (
@@ -32,7 +34,7 @@ from .generate_options import (
     unpadded,
 )
 from .model import LayoutModel
-from .settings import GATED_FILE, TidarSettings
+from .settings import BIGRAM_FILE, GATED_FILE, TidarSettings
 
 SAMPLERS = ("lossless", "mixed", "ar")
 MODES = ("single", "two")
@@ -205,6 +207,8 @@ def layout_model_of(model: Any) -> LayoutModel:
         section = getattr(model.config.get_text_config(), "tidar", None)
         if isinstance(section, dict) and section.get("mode") == "gated":
             add_gated(kept, TidarSettings.from_dict(section))
+        if (path := _own_file(model.config, BIGRAM_FILE)) is not None:
+            kept.bigrams = Bigrams(**load_file(path)).to(kept.device)
         setattr(model, _LAYOUT_MODEL, kept)
     return kept
 
@@ -214,7 +218,7 @@ def add_gated(layout_model: LayoutModel, settings: TidarSettings) -> None:
     assert settings.gated is not None
     model = layout_model.model
     weights = layout_model.add_gated(settings.gated)
-    path = _gated_file(model.config)
+    path = _own_file(model.config, GATED_FILE)
     if path is not None:
         weights.load_state_dict(load_file(path))
     elif settings.stages:
@@ -222,14 +226,16 @@ def add_gated(layout_model: LayoutModel, settings: TidarSettings) -> None:
     weights.to(device=layout_model.device, dtype=model.dtype)
 
 
-def _gated_file(config: Any) -> str | None:
-    """Where the gated weights of the checkpoint lie that a model was loaded from."""
+def _own_file(config: Any, file: str) -> str | None:
+    """Where a file of ours lies in the checkpoint that a model was loaded from; None where it has none."""
     name = str(getattr(config, "_name_or_path", ""))
     if os.path.isdir(name):
-        path = os.path.join(name, GATED_FILE)
+        path = os.path.join(name, file)
         return path if os.path.exists(path) else None
+    if not isinstance(getattr(config.get_text_config(), "tidar", None), dict):
+        return None  # no checkpoint of ours: nothing is asked of the Hub
     options: dict[str, Any] = {"revision": config._commit_hash, "_raise_exceptions_for_missing_entries": False}
-    return cached_file(name, GATED_FILE, **options) if name else None
+    return cached_file(name, file, **options) if name else None
 
 
 def token_ids(value: int | list[int] | Tensor | None) -> frozenset[int]:

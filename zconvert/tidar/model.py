@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .bigram import Bigrams
 from .cache import TidarCache
 from .families import Family, judge
 from .gated import GatedWeights
@@ -63,6 +64,8 @@ class LayoutModel:
             self._head, self._decoder = model.lm_head, decoder
         self.config = self._decoder.config
         self.gated: GatedWeights | None = None
+        self.bigrams: Bigrams | None = None
+        """which token follows which in the text that the checkpoint was trained on; drafting reads them"""
         self.layout: Layout | None = None
         """of the newest forward: hooks on modules read it to tell clean tokens and mask slots apart"""
         graft(model, self.family)

@@ -16,17 +16,17 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import flex_attention_mask, sdpa_mask
+from transformers.masking_utils import eager_mask, flex_attention_mask
 
 from .families import Family
 from .layout import PackedLayout
 from .masks import Reach, additive, route
+from .sinks import attend, sdpa_with_sinks
 
 FLEX, SEGMENTS = "packed_flex", "packed_sdpa"
 """names of the two implementations, in transformers' registry"""
@@ -237,7 +237,8 @@ def attend_by_segments(
 ) -> Any:
     """An attention function of transformers: SDPA of each segment of queries with the keys that it sees."""
     if not isinstance(attention_mask, PackedMask):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        whole = sdpa_with_sinks if "s_aux" in options else sdpa_attention_forward
+        return whole(module, query, key, value, attention_mask, **options)
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
 
@@ -245,18 +246,17 @@ def attend_by_segments(
         clean, own = (states[:, :, columns] for columns in keys)
         return torch.cat([clean, own], dim=2) if own.shape[2] else clean
 
-    outputs = [
-        F.scaled_dot_product_attention(
-            query[:, :, segment.queries],
-            part(key, segment.keys),
-            part(value, segment.keys),
-            attn_mask=segment.bias,
-            dropout_p=options.get("dropout", 0.0),
-            scale=options.get("scaling"),
-        )
-        for segment in attention_mask.segments(query.dtype)
-    ]
-    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None
+    by_distance = options.get("position_bias")  # of positions.py
+    outputs = []
+    for segment in attention_mask.segments(query.dtype):
+        bias = segment.bias
+        if by_distance is not None:
+            bias = bias + by_distance.of(segment.queries, segment.keys).to(bias.dtype)
+        keys, values = part(key, segment.keys), part(value, segment.keys)
+        queries, dropout = query[:, :, segment.queries], options.get("dropout", 0.0)
+        output = attend(queries, keys, values, bias, options.get("s_aux"), dropout, options.get("scaling"))
+        outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs, dim=1), None
 
 
 def register() -> None:
@@ -264,4 +264,4 @@ def register() -> None:
     AttentionInterface.register(FLEX, attend_by_tiles)
     AttentionMaskInterface.register(FLEX, flex_attention_mask)
     AttentionInterface.register(SEGMENTS, attend_by_segments)
-    AttentionMaskInterface.register(SEGMENTS, sdpa_mask)
+    AttentionMaskInterface.register(SEGMENTS, eager_mask)  # the one that stock eager attention takes too: see sinks.py

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .packed_attention import PackedMask
+
 ARGUMENT = "layout_positions"
 
 
@@ -95,11 +97,19 @@ class InklingAttention:
         value = convolved(module.v_proj, module.v_sconv).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        bias = self._distance_bias(module.r_proj(hidden_states).view(*shape, self.num_heads, -1), positions)
+        relative = module.r_proj(hidden_states).view(*shape, self.num_heads, -1)
+        by_distance = (relative @ self.rel_logits_proj.proj).transpose(1, 2)  # (R, heads, N, extent)
         if not self.is_sliding and self.config.log_scaling_n_floor is not None:
             excess = ((positions.query + 1).float() / self.config.log_scaling_n_floor).clamp(min=1.0)
             tau = (1.0 + self.config.log_scaling_alpha * torch.log(excess))[:, None, :, None]  # (R, 1, N, 1)
-            query, bias = (query.float() * tau).to(query.dtype), (bias.float() * tau).to(bias.dtype)
+            query, by_distance = (
+                (query.float() * tau).to(query.dtype),
+                (by_distance.float() * tau).to(by_distance.dtype),
+            )
+        # Segments of a packed row ask for theirs: of the whole row's pairs most are nobody's.
+        bias: Any = DistanceBias(by_distance, positions)
+        if not isinstance(attention_mask, PackedMask):
+            bias = bias.of(slice(None), (slice(None),))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager)
         output, weights = attend(
             self,
@@ -115,13 +125,23 @@ class InklingAttention:
         )
         return module.o_proj(output.reshape(*shape, -1).contiguous()), weights
 
-    def _distance_bias(self, relative: Tensor, positions: Positions) -> Tensor:
-        """(R, N, heads, d_rel) -> (R, heads, N, K): the bias of each distance, none ahead or beyond its extent."""
-        profile = self.rel_logits_proj.proj  # (d_rel, extent)
-        by_distance = (relative @ profile).transpose(1, 2)  # (R, heads, N, extent)
-        distance = (positions.query[:, :, None] - positions.key[:, None, :])[:, None]  # (R, 1, N, K)
-        place = distance.clamp(0, profile.shape[1] - 1).expand(-1, self.num_heads, -1, -1)
-        return by_distance.gather(-1, place).masked_fill((distance < 0) | (distance >= profile.shape[1]), 0.0)
+
+@dataclass
+class DistanceBias:
+    """A learnt bias by the distance between query and key: none ahead or beyond its extent."""
+
+    by_distance: Tensor
+    """(R, heads, N, extent)"""
+    positions: Positions
+
+    def of(self, queries: slice, keys: tuple[slice, ...]) -> Tensor:
+        """(R, heads, n, k): of some queries, and of some columns of keys side by side."""
+        key = torch.cat([self.positions.key[:, columns] for columns in keys], dim=1)
+        distance = (self.positions.query[:, queries, None] - key[:, None, :])[:, None]  # (R, 1, n, k)
+        of_queries = self.by_distance[:, :, queries]
+        heads, extent = of_queries.shape[1], of_queries.shape[3]
+        place = distance.clamp(0, extent - 1).expand(-1, heads, -1, -1)
+        return of_queries.gather(-1, place).masked_fill((distance < 0) | (distance >= extent), 0.0)
 
 
 def _eager(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any) -> Any:

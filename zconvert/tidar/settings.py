@@ -22,6 +22,9 @@ _KINDS: dict[str, type] = {
 MODES = ("full", "gated")
 GATED_FILE = "tidar/gated.safetensors"
 """in a checkpoint's folder; deep enough that engines which load every *.safetensors of a folder pass it by"""
+BIGRAM_FILE = "tidar/bigram.safetensors"
+"""likewise: which token follows which (bigram.py); a checkpoint may have none"""
+OWN_FILES = (GATED_FILE, BIGRAM_FILE)
 
 
 @dataclass(frozen=True)

@@ -55,16 +55,41 @@ def sdpa_with_sinks(
     if not options.pop(ARGUMENT, False):
         options |= {"scaling": scaling, "dropout": dropout, "s_aux": s_aux}
         return stock_attention(module)(module, query, key, value, attention_mask, **options)
-    rows, heads, length = query.shape[:3]
-    groups = heads // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    groups = query.shape[1] // key.shape[1]
     bias = query.new_zeros(1, 1, 1, key.shape[2]) if attention_mask is None else attention_mask
-    if s_aux is not None:
-        key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
-        sinks = s_aux.to(query.dtype).view(1, heads, 1, 1).expand(rows, heads, length, 1)
-        bias = torch.cat([bias.expand(rows, heads, length, -1), sinks], dim=-1)
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling)
+    output = attend(query, repeat_kv(key, groups), repeat_kv(value, groups), bias, s_aux, dropout, scaling)
     return output.transpose(1, 2).contiguous(), None
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+) -> Tensor:
+    """SDPA, with one more key where there are sinks.
+
+    Args:
+        query: (R, heads, N, width).
+        key: (R, heads, K, width).
+        value: (R, heads, K, value width).
+        bias: added to the scores; broadcasts to (R, heads, N, K).
+        sinks: (heads,) their logits.
+        dropout: of the attention weights.
+        scaling: of the scores; None for 1 / sqrt(width).
+
+    Returns:
+        (R, heads, N, value width).
+    """
+    if sinks is not None:
+        rows, heads, length = query.shape[:3]
+        key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
+        column = sinks.to(query.dtype).view(1, heads, 1, 1).expand(rows, heads, length, 1)
+        bias = torch.cat([bias.expand(rows, heads, length, -1), column], dim=-1)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling)
 
 
 def stock_attention(module: Any) -> Any:

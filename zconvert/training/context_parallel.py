@@ -74,9 +74,9 @@ class ContextParallel:
         """This process's part of packed rows.
 
         Args:
-            layout: of whole rows, (R, 2T), T a multiple of 2P.
+            layout: of whole rows, (R, T + M), T a multiple of 2P.
         """
-        rows, length = layout.position_ids.shape[0], layout.num_tokens // 2
+        rows, length = layout.position_ids.shape[0], layout.first_slot or 0
         device = layout.position_ids.device
         assert length % (2 * self.size) == 0, (length, self.size)
         chunk = length // (2 * self.size)
@@ -87,7 +87,7 @@ class ContextParallel:
         clean = gathered.view(self.size, -1)[self.rank]  # (2 chunks,)
 
         # A block is named by the place of its first slot.
-        mine = (layout.block_ids[:, length:, None] // chunk == clean[::chunk] // chunk).any(-1)  # (R, T)
+        mine = (layout.block_ids[:, length:, None] // chunk == clean[::chunk] // chunk).any(-1)  # (R, M)
         slots = int(mine.sum(1).max())
         first = mine.int().argsort(dim=1, descending=True, stable=True)[:, :slots]
         real = mine.gather(1, first)
@@ -124,7 +124,7 @@ class Shard:
 
     context: ContextParallel
     whole: PackedLayout
-    """(R, 2T), the rows"""
+    """(R, T + M), the rows"""
     layout: Layout
     """(R, N); predecessors count in the whole rows"""
     key: Layout
@@ -175,7 +175,7 @@ class Shard:
         return values.gather(1, self.columns[:, : self.num_clean])
 
     def of_slots(self, values: Tensor, *, filler: int = 0) -> Tensor:
-        """(R, T) -> (R, slots): the values at this process's mask slots' positions."""
+        """(R, M) -> (R, slots): the values of this process's mask slots."""
         columns = self.columns[:, self.num_clean :] - self.length
         return values.gather(1, columns).masked_fill(~self.is_real[:, self.num_clean :], filler)
 
@@ -191,8 +191,10 @@ class Shard:
         everyone = self.context.gather(states.detach())  # (P, R, clean, C)
         whole = torch.zeros_like(states[:, :1]).repeat(1, self.length + 1, 1)
         whole[:, self.gathered + 1] = everyone.transpose(0, 1).flatten(1, 2)
-        columns = self.columns[:, self.num_clean :] - self.length
-        return whole.gather(1, columns[..., None].expand(-1, -1, states.shape[-1]))
+        # A block is named after its first token's column, and stands for those from there on.
+        slots = self.layout.block_ids - self.layout.clean_limit + self.layout.position_ids
+        place = slots[:, self.num_clean :].clamp_max(self.length)
+        return whole.gather(1, place[..., None].expand(-1, -1, states.shape[-1]))
 
     def predecessors(self, past: int) -> Predecessors:
         """For convolutions that read `past` tokens of the past: over `[start | before each chunk | N]`."""

@@ -11,6 +11,7 @@ from zconvert.errors import UserError
 from zconvert.tidar import packed_attention
 from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.packed_attention import FLEX, SEGMENTS
+from zconvert.tidar.sinks import NAME as SINKS
 
 if TYPE_CHECKING:  # this module runs where what reads recipes is not installed (benchmarks/step_time.py)
     from zconvert.recipe import TrainingRecipe
@@ -59,13 +60,10 @@ def choose_attention(model: LayoutModel, wanted: Literal["auto", "flex", "sdpa"]
     Raises:
         UserError: FlexAttention is wanted and cannot be had.
     """
-    config, decoder = model.config, model.model.get_decoder()
+    config = model.config
+    segments_problem = _segments_problem(model)
     problem = "it has no backward pass on the CPU" if device.type == "cpu" else None
-    problem = problem or _packed_problem(model)
-    if not decoder._supports_flex_attn:
-        problem = problem or f"transformers has none for {model.family.model_type}"
-    if getattr(config, "attention_dropout", 0.0):
-        problem = problem or "it knows no attention dropout"
+    problem = problem or segments_problem or _flex_problem(model)
     if wanted == "flex" and problem is not None:
         raise UserError("FlexAttention cannot train this model", found=problem, fix="set attention to auto or sdpa")
     if wanted != "sdpa" and problem is None:
@@ -73,26 +71,34 @@ def choose_attention(model: LayoutModel, wanted: Literal["auto", "flex", "sdpa"]
         config._attn_implementation = FLEX
         return "attention: FlexAttention"
     reason = f" (not FlexAttention: {problem})" if wanted == "auto" and device.type != "cpu" else ""
-    if config._attn_implementation in ("sdpa", FLEX, SEGMENTS) and _packed_problem(model) is None:
+    if config._attn_implementation in ("sdpa", SINKS, FLEX, SEGMENTS) and segments_problem is None:
         packed_attention.register()
         config._attn_implementation = SEGMENTS
         return f"attention: SDPA by segments{reason}"
     return f"attention: {config._attn_implementation} with the whole row's mask{reason}"
 
 
-def _packed_problem(model: LayoutModel) -> str | None:
+def _segments_problem(model: LayoutModel) -> str | None:
     """Why a family cannot take a packed mask (tidar/packed_attention.py); None: it can."""
-    family, config = model.family, model.config
-    if family.sinks:
-        return "its attention has sinks"
-    if family.indexed:
+    if model.family.indexed:
         return "an indexer chooses its keys"
-    if family.mixing == "inkling":
+    if model.config._attn_implementation == "eager":
+        return f"{model.family.model_type} has eager attention alone"
+    return None
+
+
+def _flex_problem(model: LayoutModel) -> str | None:
+    """Why a family that can take a packed mask does not run in FlexAttention; None: it does."""
+    if model.family.sinks:
+        return "its attention has sinks"
+    if model.family.mixing == "inkling":
         return "its attention adds a bias by distance"
-    if getattr(config, "kv_lora_rank", None):
+    if getattr(model.config, "kv_lora_rank", None):
         return "latent attention was not tried with it"
-    if config._attn_implementation == "eager":
-        return f"{family.model_type} has eager attention alone"
+    if not model.model.get_decoder()._supports_flex_attn:
+        return f"transformers has none for {model.family.model_type}"
+    if getattr(model.config, "attention_dropout", 0.0):
+        return "it knows no attention dropout"
     return None
 
 

@@ -119,6 +119,7 @@ class Trainer:
         self.save_checkpoint: Callable[[Path], None] | None = None
         """writes a checkpoint that others can load, called in every process; see `checkpoint_steps`"""
         self.step = 0
+        self.tokens_seen = 0
         self.optimizer = make_optimizer(self.trained.named_parameters(), recipe)
         self._window = self._new_window()
 
@@ -232,7 +233,9 @@ class Trainer:
             window_total[:] = [a + int(b) for a, b in zip(window_total, new, strict=True)]
         window.ar_count += ar_count
         window.diffusion_count += diffusion_count
-        window.tokens += sum(batch.input_ids.numel() for batch in batches) * parallel.data_world
+        tokens = sum(batch.input_ids.numel() for batch in batches) * parallel.data_world
+        window.tokens += tokens
+        self.tokens_seen += tokens
         window.seconds += time.perf_counter() - started
 
     def _place_slots(self, batch: Batch, micro_batch: int) -> tuple[torch.Tensor | int, torch.Tensor | None]:
@@ -337,6 +340,7 @@ class Trainer:
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
         numbers = {
             "step": self.step,
+            "tokens_seen": self.tokens_seen,
             "data": self.rows.state_dict(),
             "random": self.parallel.gather((torch.get_rng_state(), cuda)),
             "window": vars(self._window),
@@ -372,7 +376,7 @@ class Trainer:
         into = {**_named("model.", self._weights()), **_named("optimizer.", _tensors(optimizer))}
         state.read_into(into, self.parallel)
         set_optimizer_state_dict(self.trained, self.optimizer, optimizer, options=_FLAT)
-        self.step = numbers["step"]
+        self.step, self.tokens_seen = numbers["step"], numbers["tokens_seen"]
         self._window = _Window(**numbers["window"])
         for observer, observed in zip(self.observers, numbers["observers"], strict=True):
             observer.load_state_dict(observed)

@@ -99,7 +99,7 @@ def packed_losses(
             distribution from the AR one of the same position, which is held fixed; the first token of a document,
             which AR does not predict, is learnt from the data. total_variation: half the sum of their differences.
         loss_chunk_size: logits are made for so many tokens at a time; None: see training/loss.py.
-        context: the processes that share the rows; each then sums over its own tokens. Then every token has a slot.
+        context: the processes that share the rows; each then sums over its own tokens.
 
     Returns:
         Sums, not means. With forward_kl a slot is right where its likeliest token is AR's.
@@ -112,12 +112,12 @@ def packed_losses(
     if shard is None:
         clean, masked = hidden_halves(model, ids, torch.full_like(slot_ids, mask_token_id), whole)
     else:
-        row = torch.cat([ids, torch.full_like(ids, mask_token_id)], dim=1).gather(1, shard.columns)
+        row = torch.cat([ids, torch.full_like(slot_ids, mask_token_id)], dim=1).gather(1, shard.columns)
         hidden = model.hidden_states(row, shard.layout, shard=shard)
         clean, masked = hidden[:, : shard.num_clean], hidden[:, shard.num_clean :]
         layout, length = shard.layout, shard.num_clean
         targets = Targets(shard.of_clean(targets.ar), shard.of_slots(targets.diffusion))
-        next_ids, slot_ids = shard.of_clean(next_ids), shard.of_slots(ids)
+        next_ids, slot_ids = shard.of_clean(next_ids), shard.of_slots(slot_ids)
     ar, _ = cross_entropy_sum(model, clean[targets.ar], next_ids[targets.ar], loss_chunk_size)
     slot_hidden, labels = masked[targets.diffusion], slot_ids[targets.diffusion]
     if objective == "data":

@@ -28,10 +28,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from zconvert.checkpoint.anatomy import experts_of
 from zconvert.checkpoint.load import load_model
-from zconvert.checkpoint.source import Source
+from zconvert.checkpoint.source import Source, read_config
 from zconvert.errors import UserError
 from zconvert.recipe.parallel import ParallelRecipe
+from zconvert.tidar.families import language_config
 from zconvert.tidar.generate import layout_model_of
 from zconvert.tidar.model import LayoutModel
 from zconvert.training.context_parallel import ContextParallel
@@ -104,12 +106,13 @@ class Parallel:
             dtype: auto keeps the number format of its files.
 
         Raises:
-            UserError: see `load_model`.
+            UserError: see `load_model`, `check_experts`.
         """
         if self.world == 1:
             return load_model(source, dtype=dtype, device=self.device.type)
         from transformers.distributed import DistributedConfig
 
+        check_experts(source, self.recipe.expert_parallel)
         config = DistributedConfig(
             fsdp_size=self.fsdp, dp_replicate_size=self.world // self.fsdp, ep_size=self.recipe.expert_parallel
         )
@@ -330,6 +333,30 @@ def check_sizes(recipe: ParallelRecipe, world: int) -> None:
                 expected=f"a divisor of {whole}" if whole > 1 else "1",
                 fix=f"change it, or start other processes: zconvert STAGE RECIPE.yaml -- --nproc_per_node={size}",
             )
+
+
+def check_experts(source: Source, size: int) -> None:
+    """Compares `expert_parallel` with a checkpoint's experts.
+
+    Raises:
+        UserError: they cannot be shared among so many.
+    """
+    if size == 1:
+        return
+    from transformers import AutoConfig
+
+    text = language_config(read_config(source.folder))
+    plan = AutoConfig.from_pretrained(source.folder, local_files_only=True).get_text_config().base_model_ep_plan
+    experts = (experts_of(text) or {}).get("num")
+    if plan and experts and experts % size == 0:
+        return
+    shared = plan and experts
+    raise UserError(
+        f"the experts of {source.name} cannot be shared: parallel.expert_parallel is {size}",
+        found=f"{experts} experts" if shared else f"{text['model_type']}, for which transformers has no plan",
+        expected=f"a divisor of {experts}" if shared else "1",
+        fix="change it; fsdp shares the experts' weights too",
+    )
 
 
 def _is_sharded(tensor: Tensor) -> bool:

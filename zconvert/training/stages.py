@@ -5,7 +5,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from zconvert.data.documents import Documents
 from zconvert.data.loading import first_example, load_documents, load_stream, read_template
 from zconvert.data.packing import PackedRows
 from zconvert.data.self_generated import Writer
+from zconvert.data.streams import DocumentStream
 from zconvert.errors import UserError
 from zconvert.recipe import ExtendContextRecipe, TrainingRecipe, dump_recipe
+from zconvert.tidar.bigram import Bigrams
 from zconvert.tidar.settings import TidarSettings
 from zconvert.training.context import ContextExtension
 from zconvert.training.implementations import choose_implementations
@@ -77,7 +80,8 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress, observers: Sequence[O
     model, tokenizer = _load(source, settings, recipe, parallel, report)
     if parallel.first:
         _write_recipe(run_dir, recipe)
-    rows = _read_rows(recipe, source, settings, model, tokenizer, extension, parallel, report)
+    documents = _documents(recipe, source, settings, model, tokenizer, extension, report)
+    rows = _read_rows(documents(), recipe, tokenizer, parallel)
 
     def tell(progress: Progress) -> None:
         if progress.metrics is not None and parallel.first:
@@ -94,13 +98,33 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress, observers: Sequence[O
     # Whoever talks to the new checkpoint writes conversations as it was trained on them.
     texts = {CHAT_TEMPLATE_FILE: template} if (template := read_template(recipe)) is not None else {}
 
+    @cache
+    def bigrams() -> Bigrams | None:
+        if recipe.diffusion.bigram_tokens == 0:
+            return None
+        return count_bigrams(documents(), model.get_input_embeddings().weight.shape[0], recipe.diffusion.bigram_tokens)
+
     def save_checkpoint(folder: Path) -> None:
         report(Progress(message=f"writing {folder}"))
+        entry = {
+            "stage": recipe.stage,
+            "recipe": recipe.model_dump(mode="json"),
+            "steps": trainer.step,
+            "tokens_seen": trainer.tokens_seen,
+        }
         pieces = pieces_on_disk(model, parallel.gathered) if trainer.gated is None else iter(())
         if not parallel.first:
             collections.deque(pieces, maxlen=0)  # every process gives its shards
         elif trainer.gated is not None:
-            save_gated(trainer.gated, source.folder, folder, settings=trained, extra_texts=texts)
+            save_gated(
+                trainer.gated,
+                source.folder,
+                folder,
+                settings=trained,
+                extra_texts=texts,
+                bigrams=bigrams(),
+                entry=entry,
+            )
         else:
             save_trained(
                 model,
@@ -110,6 +134,8 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress, observers: Sequence[O
                 dtype=recipe.save_dtype,
                 extra_texts=texts,
                 pieces=pieces,
+                bigrams=bigrams(),
+                entry=entry,
             )
         parallel.gather(None)  # it is there when any process goes on
 
@@ -153,19 +179,19 @@ def _load(
     return model, tokenizer
 
 
-def _read_rows(
+def _documents(
     recipe: TrainingRecipe,
     source: Source,
     settings: TidarSettings,
     model: Any,
     tokenizer: Any,
     extension: ContextExtension | None,
-    parallel: Parallel,
     report: OnProgress,
-) -> PackedRows:
+) -> Callable[[], DocumentStream]:
+    """Opens what the stage trains on, from its first document."""
     report(Progress(message=f"reading {', '.join(dataset.label for dataset in recipe.datasets)}"))
     generating = any(dataset.self_generated is not None for dataset in recipe.datasets)
-    documents = load_stream(
+    return lambda: load_stream(
         recipe,
         tokenizer,
         vocabulary_rows=model.get_input_embeddings().weight.shape[0],
@@ -173,6 +199,9 @@ def _read_rows(
         choose=None if extension is None else lambda documents: extension.choose(documents, recipe.seed),
         on_message=lambda text: report(Progress(message=text)),
     )
+
+
+def _read_rows(documents: DocumentStream, recipe: TrainingRecipe, tokenizer: Any, parallel: Parallel) -> PackedRows:
     return PackedRows(
         documents,
         sequence_len=recipe.sequence_len,
@@ -183,6 +212,15 @@ def _read_rows(
         rank=parallel.data_rank,
         world=parallel.data_world,
     )
+
+
+def count_bigrams(documents: DocumentStream, vocabulary: int, tokens: int) -> Bigrams:
+    """Counts which token follows which in the first documents, until so many tokens are read."""
+    read, pieces = 0, []
+    while read < tokens:
+        pieces.append(documents.next_document().ids)
+        read += len(pieces[-1])
+    return Bigrams.count(pieces, vocabulary)
 
 
 def _writer(source: Source, model: Any, tokenizer: Any, settings: TidarSettings) -> Writer:
@@ -235,12 +273,6 @@ def _check_parallel(recipe: TrainingRecipe, settings: TidarSettings, parallel: P
             f"sequence_len is {recipe.sequence_len} with parallel.context_parallel {chunks // 2}",
             expected=f"a multiple of {chunks}, and at least {chunks * max(4, settings.block_size)}",
             fix="change sequence_len, or let fewer processes share a row",
-        )
-    if recipe.diffusion.diffusion_fraction < 1:
-        raise UserError(
-            f"diffusion.diffusion_fraction is {recipe.diffusion.diffusion_fraction:g} with parallel.context_parallel",
-            expected="1, where processes share a row: its slots are dealt out with its tokens",
-            fix="set diffusion.diffusion_fraction or parallel.context_parallel to 1",
         )
 
 

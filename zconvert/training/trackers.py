@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from zconvert.errors import UserError
 from zconvert.recipe import TrainingRecipe
 
+PROJECT = "zconvert"
+"""where wandb and trackio keep runs, unless WANDB_PROJECT or TRACKIO_PROJECT says otherwise"""
 _SPREAD = ("slot_accuracy",)
 """lists of which every value is told; others are told by their mean"""
 
@@ -29,7 +34,7 @@ class Trackers:
                 f"trackers: {', '.join(missing)} cannot be used",
                 found=f"no package {missing[0]}",
                 expected="an installed package",
-                fix=f"pip install {' '.join(missing)}, or take it out of trackers in the recipe; "
+                fix=f"pip install 'zconvert[{','.join(missing)}]', or take it out of trackers in the recipe; "
                 "metrics.jsonl is written anyway",
             )
         self.recipe = recipe
@@ -39,16 +44,19 @@ class Trackers:
         """Tells a row of metrics; the first one starts the trackers."""
         if not self.recipe.trackers:
             return
-        if not self._started:
-            self._start()
-        values = dict(flat(metrics))
-        for tracker in self._started:
-            tracker.log(values, step=metrics["step"])
+        values = dict(flat({key: value for key, value in metrics.items() if key != "step"}))
+        with redirect_stdout(sys.stderr):  # trackio prints, and stdout is for results
+            if not self._started:
+                self._start()
+            for tracker in self._started:
+                tracker.log(values, step=metrics["step"])
 
     def finish(self) -> None:
         """Has everything written."""
-        for tracker in self._started:
-            tracker.finish()
+        with redirect_stdout(sys.stderr):
+            for tracker in self._started:
+                # trackio finishes what is under way once more as Python ends, unless its module did it.
+                getattr(sys.modules[tracker.name], "finish", tracker.finish)()
         self._started = []
 
     def _start(self) -> None:
@@ -60,8 +68,11 @@ class Trackers:
         settings = dict(flat(self.recipe.model_dump(mode="json"), numbers_only=False))
         for name in self.recipe.trackers:
             kind = LOGGER_TYPE_TO_CLASS[name]
-            places = {"logging_dir": run_dir} if kind.requires_logging_directory else {}
-            tracker = kind(run_dir.name if name != "tensorboard" else name, **places)
+            if name == "tensorboard":
+                tracker = kind(name, logging_dir=run_dir)
+            else:
+                places = {"dir": run_dir} if name == "wandb" else {}  # trackio has one folder for all projects
+                tracker = kind(os.environ.get(f"{name.upper()}_PROJECT", PROJECT), name=run_dir.name, **places)
             tracker.start()
             tracker.store_init_configuration(settings)
             self._started.append(tracker)

@@ -1,0 +1,210 @@
+"""A JSONL file of prompts -> a JSONL file of texts, row by row as they end; run again, it goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from zconvert.checkpoint.folder import writing
+from zconvert.checkpoint.load import prompt_ids
+from zconvert.data.chat import asking_ids
+from zconvert.errors import UserError
+from zconvert.serving.text import GrowingText
+from zconvert.tidar.decoding import Request
+from zconvert.tidar.engine import Engine, run
+
+_EXPECTED = 'one JSON object a line: {"prompt": …} or {"messages": […]}, with "id", "seed", "max_new_tokens" if wanted'
+
+
+class Row(BaseModel):
+    """A line of the file of prompts."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    id: int | str | None = None
+    """is told along with the text"""
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    seed: int | None = None
+    max_new_tokens: int | None = None
+
+    @model_validator(mode="after")
+    def _has_one_prompt(self) -> Row:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError('expected either "prompt" or "messages"')
+        roles = [message.get("role") for message in self.messages or []]
+        if self.prompt is None and not (roles and all(isinstance(role, str) for role in roles)):
+            raise ValueError("expected at least one message, each with its role")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError("max_new_tokens is below 1")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError("seed is below 0, or too large")
+        return self
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What tells it from other rows."""
+        return self.model_dump(include={"id", "prompt", "messages"}, exclude_none=True)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What rows share that do not say otherwise."""
+
+    max_new_tokens: int
+    seed: int | None = None
+    """row i has this seed + i: what is done already does not matter to a text"""
+    stops: Sequence[str] = ()
+    add_bos: bool = True
+    context: int | None = None
+    """tokens of a prompt and its text at most"""
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file of prompts.
+
+    Raises:
+        UserError: it cannot be read, a line is not what it should be (with its number), or there is none.
+    """
+    rows = []
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            rows.append(Row.model_validate_json(line))
+        except ValidationError as error:
+            item = error.errors(include_url=False)[0]
+            name = ".".join(map(str, item["loc"]))
+            found = str(item["ctx"]["error"]) if item["type"] == "value_error" else item["msg"]
+            raise UserError(
+                f"{path}, line {number} is no row of prompts",
+                found=f"{name}: {found}" if name else found,
+                expected=_EXPECTED,
+            ) from None
+    if not rows:
+        raise UserError(f"{path} has no prompts", found="no lines", expected=_EXPECTED)
+    return rows
+
+
+def rows_done(out: Path, rows: Sequence[Row]) -> set[int]:
+    """Which rows a file of texts has already. A half-written last line is cut off it.
+
+    Raises:
+        UserError: it is no file of these prompts' texts.
+    """
+    done: set[int] = set()
+    if not out.exists():
+        return done
+    with writing(out), out.open("r+b") as file:
+        whole = 0
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            whole += len(line)
+            done.add(_index_of(line, rows, f"{out}, line {number}"))
+        file.truncate(whole)
+    return done
+
+
+def write_texts(
+    engine: Engine,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    done: set[int],
+    out: Path,
+    settings: Settings,
+    on_text: Callable[[int], None] | None = None,
+) -> int:
+    """Decodes the rows that are not done and adds each text to the file when it ends.
+
+    Args:
+        engine: with nothing to do.
+        tokenizer: of its checkpoint.
+        rows: from `read_rows`.
+        done: from `rows_done`.
+        out: the file; it has a line for each row at the end, in the order in which they ended.
+        settings: of all rows.
+        on_text: is told how many rows are done.
+
+    Returns:
+        new tokens.
+
+    Raises:
+        UserError: a row's prompt cannot be used (told before anything is decoded), or the file cannot be written.
+    """
+    requests = [_request(index, row, tokenizer, settings) for index, row in enumerate(rows) if index not in done]
+    count, tokens = len(rows) - len(requests), 0
+
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a", encoding="utf-8") as file:
+            for result in run(engine, requests):
+                index, text = result.request.key
+                told = {
+                    "index": index,
+                    **rows[index].given,
+                    "text": text.take(final=True),
+                    "finish": result.finish,
+                    "tokens": len(result.tokens),
+                    "forwards": result.forwards,
+                }
+                file.write(json.dumps(told) + "\n")
+                file.flush()
+                count, tokens = count + 1, tokens + len(result.tokens)
+                if on_text is not None:
+                    on_text(count)
+    return tokens
+
+
+def _lines(path: Path) -> list[str]:
+    """A text file's lines; blank ones at its end do not count."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read", found=error.strerror, expected="a JSONL file of prompts") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text", found=error, expected=_EXPECTED) from error
+    return text.rstrip().split("\n") if text.strip() else []
+
+
+def _index_of(line: bytes, rows: Sequence[Row], where: str) -> int:
+    """Which row a line of the file of texts belongs to."""
+    try:
+        told = json.loads(line)
+        index = told["index"]
+        row = rows[index] if type(index) is int and index >= 0 else None
+    except (ValueError, KeyError, TypeError, IndexError):
+        row = None
+    if row is None or any(told.get(name) != row.given.get(name) for name in ("id", "prompt", "messages")):
+        raise UserError(
+            f"{where} is not the text of one of these prompts",
+            found=line[:60].decode(errors="replace").rstrip(),
+            expected="texts that an earlier run wrote for the same file of prompts",
+            fix="choose another file, or remove this one",
+        )
+    return index
+
+
+def _request(index: int, row: Row, tokenizer: Any, settings: Settings) -> Request:
+    try:
+        if row.prompt is not None:
+            prompt = prompt_ids(tokenizer, row.prompt, add_bos=settings.add_bos)
+        else:
+            assert row.messages is not None
+            prompt = asking_ids(row.messages, tokenizer)
+    except UserError as error:
+        raise UserError(f"line {index + 1} of the prompts: {error.what}", found=error.found, fix=error.fix) from None
+    new_tokens = row.max_new_tokens or settings.max_new_tokens
+    if settings.context is not None and len(prompt) + new_tokens > settings.context:
+        raise UserError(
+            f"line {index + 1} of the prompts does not fit the checkpoint's context",
+            found=f"{len(prompt)} tokens, and {new_tokens} new ones",
+            expected=f"at most {settings.context} together",
+            fix="shorten it, or lower --max-new-tokens",
+        )
+    seed = settings.seed + index if row.seed is None and settings.seed is not None else row.seed
+    text = GrowingText(tokenizer, prompt, settings.stops)
+    return Request(prompt, new_tokens, seed=seed, stop=text.stop, key=(index, text))

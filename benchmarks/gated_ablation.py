@@ -1,12 +1,15 @@
 """Which gated parts and which objective give the longest accepted text: one table, all rows from the same budget.
 
-    python benchmarks/gated_ablation.py --base examples/tiny-zaya/checkpoint --data out/quickstart/train.jsonl \
-        --prompts out/quickstart/prompts.jsonl --out out/ablation --steps 300
+    OMP_NUM_THREADS=1 python benchmarks/gated_ablation.py --base examples/tiny-zaya/checkpoint \
+        --data out/quickstart/train.jsonl --prompts out/quickstart/prompts.jsonl --out out/ablation --steps 250
 
 Each row converts, trains and decodes by the commands that a user types, in processes of their own. Tokens per forward
-are those of lossless greedy decoding; `source` counts the prompts whose text is the source's. A step's time is the best
-of the windows between two reports, so that another job on the machine does not count. Rows that `--out` holds already
-are kept: started again, it goes on.
+are those of lossless greedy decoding; `source` counts the prompts whose text is the source's. Rows that `--out` holds
+already are kept: started again, it goes on.
+
+`--costs` measures what a step costs instead, all rows in turn, each in a process of its own: the process's CPU time on
+one thread, which another job on the machine lengthens little, as the best of windows of ten steps; and the peak of its
+memory. Called again, it adds a round.
 """
 
 from __future__ import annotations
@@ -14,11 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
+import multiprocessing
+import resource
 import shutil
 import subprocess
 import sys
-import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,30 +35,45 @@ from safetensors import safe_open
 from zconvert.checkpoint.headers import read_headers
 from zconvert.tidar.settings import GATED_FILE
 
-KL = {"objective": "forward_kl"}
+COST_WINDOW = 10
+"""steps"""
+DATA, KL, TOTAL_VARIATION = "data", "forward_kl", "total_variation"
 
 
-def gated(**parts: Any) -> dict[str, Any]:
-    """The `diffusion:` section of a convert-init recipe."""
-    return {"mode": "gated", "gated": parts}
+@dataclass(frozen=True)
+class Row:
+    """What is converted, and by which objectives it is trained."""
+
+    diffusion: dict[str, Any]
+    """of the convert-init recipe"""
+    objective: str = KL
+    last_objective: str | None = None
+    """of a second midtrain, which has a fifth of the steps and a quarter of the learning rate"""
 
 
-ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "full, data": ({}, {}),
-    "full, forward KL": ({}, KL),
-    "gated: rank 16, replace 384, forward KL": (gated(), {}),
-    "the same, data": (gated(), {"objective": "data"}),
-    "the same, total variation": (gated(), {"objective": "total_variation"}),
-    "rank 32": (gated(rank=32), {}),
-    "no low rank": (gated(rank=0), {}),
-    "replace 128": (gated(mlp_width=128), {}),
-    "add 384": (gated(mlp="add"), {}),
-    "add 384, router": (gated(mlp="add", router=True), {}),
-    "no diffusion expert": (gated(mlp="none"), {}),
-    "norms": (gated(norms=True), {}),
-    "no mask embedding": (gated(mask_embedding=False), {}),
+def gated(objective: str = KL, last_objective: str | None = None, **parts: Any) -> Row:
+    """A gated row: the reference's parts but for those that are given."""
+    return Row({"mode": "gated", "gated": {"rank": 16, "mlp_width": 384, **parts}}, objective, last_objective)
+
+
+ROWS = {
+    "full, data": Row({}, DATA),
+    "full, forward KL": Row({}),
+    "gated: rank 16, replace 384, forward KL": gated(),
+    "the same, data": gated(DATA),
+    "the same, total variation": gated(TOTAL_VARIATION),
+    "the same, total variation after KL": gated(KL, TOTAL_VARIATION),
+    "the same, KL after KL": gated(KL, KL),
+    "rank 32": gated(rank=32),
+    "rank 64": gated(rank=64),
+    "no low rank": gated(rank=0),
+    "replace 128": gated(mlp_width=128),
+    "add 384": gated(mlp="add"),
+    "add 384, router": gated(mlp="add", router=True),
+    "no diffusion expert": gated(mlp="none"),
+    "norms": gated(norms=True),
+    "no mask embedding": gated(mask_embedding=False),
 }
-"""what is converted, and how it is trained"""
 
 
 def main() -> None:
@@ -62,7 +83,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="JSONL to train on")
     parser.add_argument("--prompts", type=Path, required=True, help="JSONL of held-out prompts")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--rows", type=int, default=8, help="rows a step")
     parser.add_argument("--length", type=int, default=192, help="clean tokens a row")
     parser.add_argument("--block-size", type=int, default=16)
@@ -70,14 +91,22 @@ def main() -> None:
     parser.add_argument("--full-lr", type=float, default=1.2e-3)
     parser.add_argument("--gated-lr", type=float, default=4e-3)
     parser.add_argument("--num-prompts", type=int, default=50)
+    parser.add_argument("--costs", action="store_true", help="measure time and memory of a step instead")
     parser.add_argument("--only", nargs="*", help="parts of the names of the rows to run")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    for name in ROWS:
+    names = [name for name in ROWS if not args.only or any(part in name for part in args.only)]
+    for name in names:
         path = result_path(args.out, name)
-        if not path.exists() and (not args.only or any(part in name for part in args.only)):
+        figures = json.loads(path.read_text()) if path.exists() else {}
+        if args.costs or "steps" not in figures:
             print(f"# {name}", flush=True)
-            path.write_text(json.dumps(measure(name, args), indent=2) + "\n")
+            if args.costs:
+                seconds, figures["peak_memory"] = cost(ROWS[name], args)
+                figures["step_cpu_seconds"] = [*figures.get("step_cpu_seconds", []), seconds]
+            else:
+                figures |= measure(ROWS[name], args)
+            path.write_text(json.dumps(figures, indent=2) + "\n")
     show(args.out, args.num_prompts)
 
 
@@ -86,41 +115,24 @@ def result_path(out: Path, name: str) -> Path:
     return out / ("".join(c if c.isalnum() else "-" for c in name) + ".json")
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure(row: Row, args: argparse.Namespace) -> dict[str, Any]:
     """Converts, trains and decodes one row."""
-    diffusion, training = ROWS[name]
     folder = args.out / "run"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    initial = {
-        "base_model": str(args.base),
-        "output_dir": str(folder / "init"),
-        "diffusion": {"block_size": args.block_size, "proposals": args.proposals, **diffusion},
-    }
-    is_gated = diffusion.get("mode") == "gated"
-    midtrain = {
-        "base_model": str(folder / "init"),
-        "output_dir": str(folder / "run"),
-        "datasets": [{"path": str(args.data)}],
-        "sequence_len": args.length,
-        "micro_batch_size": args.rows,
-        "max_steps": args.steps,
-        "learning_rate": args.gated_lr if is_gated else args.full_lr,
-        "warmup_steps": 20,
-        "min_lr_ratio": 0.01,
-        "weight_decay": 0.0 if is_gated else 0.05,
-        "save_steps": args.steps,
-        "num_threads": 1,
-        "diffusion": {"block_offset": "random", **training},
-    }
-    command("convert-init", write(folder / "init.yaml", initial))
-    peak = command("midtrain", write(folder / "midtrain.yaml", midtrain))[1]
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    last_steps = args.steps // 5 if row.last_objective else 0
+    recipe = convert(row, folder, args)
+    command("midtrain", write(recipe, max_steps=args.steps - last_steps))
+    run = Path(recipe["output_dir"])
+    if row.last_objective:
+        recipe |= {"base_model": str(run / "checkpoint"), "output_dir": str(folder / "last"), "seed": 1}
+        recipe["learning_rate"] /= 4
+        recipe["diffusion"]["objective"] = row.last_objective
+        command("midtrain", write(recipe, max_steps=last_steps))
+        run = folder / "last"
     bench = json.loads(
         command(
-            *("bench", folder / "run", "--prompts", args.prompts, "--num-prompts", args.num_prompts, "--threads", 1),
+            *("bench", run, "--prompts", args.prompts, "--num-prompts", args.num_prompts, "--threads", 1),
             *("--baseline", args.base, "--json"),
-        )[0]
+        )
     )
     lossless = next(entry for entry in bench["results"] if entry["sampler"] == "lossless")
     return {
@@ -128,11 +140,59 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "speedup": lossless["speedup"],
         "identical_to_source": lossless["identical_to_baseline"],
         "identical_to_ar": lossless["identical_prompts"],
-        "trained_weights": trained_weights(folder / "run"),
-        "step_seconds": min(b["seconds"] / (b["step"] - a["step"]) for a, b in pairwise(lines)),
-        "peak_memory": peak,
+        "trained_weights": trained_weights(run),
         "steps": args.steps,
     }
+
+
+def convert(row: Row, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Converts a row's model in an emptied folder; returns the recipe that trains it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    initial = {
+        "base_model": str(args.base),
+        "output_dir": str(folder / "init"),
+        "diffusion": {"block_size": args.block_size, "proposals": args.proposals, **row.diffusion},
+    }
+    command("convert-init", write(initial))
+    is_gated = row.diffusion.get("mode") == "gated"
+    return {
+        "base_model": str(folder / "init"),
+        "output_dir": str(folder / "run"),
+        "datasets": [{"path": str(args.data)}],
+        "sequence_len": args.length,
+        "micro_batch_size": args.rows,
+        "learning_rate": args.gated_lr if is_gated else args.full_lr,
+        "warmup_steps": 20,
+        "min_lr_ratio": 0.01,
+        "weight_decay": 0.0 if is_gated else 0.05,
+        "save_steps": args.steps,
+        "num_threads": 1,
+        "diffusion": {"block_offset": "random", "objective": row.objective},
+    }
+
+
+def cost(row: Row, args: argparse.Namespace) -> tuple[float, int]:
+    """CPU seconds of a step, and the peak of memory in bytes of a process that trains and does nothing else."""
+    recipe = convert(row, args.out / "costs", args) | {"max_steps": 3 * COST_WINDOW, "logging_steps": COST_WINDOW}
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(train_and_measure, recipe).result()
+
+
+def train_and_measure(recipe: dict[str, Any]) -> tuple[float, int]:
+    """Trains in this process; the first window does not count."""
+    from zconvert.recipe import MidtrainRecipe
+    from zconvert.training.stages import train
+
+    clocks: list[float] = []
+
+    def note(progress: Any) -> None:
+        if progress.metrics is not None:
+            clocks.append(time.process_time())
+
+    train(MidtrainRecipe(**recipe), note)
+    seconds = min(after - before for before, after in pairwise(clocks)) / COST_WINDOW
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def trained_weights(run: Path) -> int:
@@ -145,38 +205,39 @@ def trained_weights(run: Path) -> int:
     return sum(math.prod(tensor.shape) for tensor in read_headers(checkpoint).tensors.values())
 
 
-def write(path: Path, recipe: dict[str, Any]) -> Path:
-    """Writes a recipe."""
+def write(recipe: dict[str, Any], **more: Any) -> Path:
+    """Writes a recipe beside its output."""
+    recipe = recipe | more
+    path = Path(recipe["output_dir"]).with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe))
     return path
 
 
-def command(*arguments: object) -> tuple[str, int]:
-    """Runs one command; returns its stdout and its peak memory in bytes."""
+def command(*arguments: object) -> str:
+    """Runs one command; returns its stdout."""
     words = [sys.executable, "-m", "zconvert", *map(str, arguments)]
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, text=True)
-        assert process.stdout is not None
-        stdout = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            errors.seek(0)
-            sys.exit(f"{' '.join(words)}\n{errors.read()}")
-    return stdout, usage.ru_maxrss * 1024
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(words)}\n{done.stderr}")
+    return done.stdout
 
 
 def show(out: Path, prompts: int) -> None:
     """Prints what was measured as a Markdown table."""
-    print("| | trained weights | tokens per forward | against AR | as the source | step, s | peak memory, MB |")
+    print("| | trained weights | tokens per forward | against AR | as the source | step, CPU s | peak memory, MB |")
     print("|---|---|---|---|---|---|---|")
     for name in ROWS:
         path = result_path(out, name)
-        if path.exists():
-            r = json.loads(path.read_text())
-            print(
-                f"| {name} | {r['trained_weights'] / 1e6:.2f} M | {r['tokens_per_forward']:.2f} | {r['speedup']:.2f}× "
-                f"| {r['identical_to_source']}/{prompts} | {r['step_seconds']:.2f} | {r['peak_memory'] / 1e6:.0f} |"
-            )
+        r = json.loads(path.read_text()) if path.exists() else {}
+        if "steps" not in r:
+            continue
+        seconds, peak = "–", "–"
+        if "step_cpu_seconds" in r:
+            seconds, peak = f"{min(r['step_cpu_seconds']):.2f}", f"{r['peak_memory'] / 1e6:.0f}"
+        print(
+            f"| {name} | {r['trained_weights'] / 1e6:.2f} M | {r['tokens_per_forward']:.2f} | {r['speedup']:.2f}× "
+            f"| {r['identical_to_source']}/{prompts} | {seconds} | {peak} |"
+        )
 
 
 if __name__ == "__main__":

@@ -122,11 +122,12 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": path} for path in files]
             return self._json({"id": name, "sha": commit, "private": private, "siblings": siblings})
         if api and rest[:1] == ["tree"]:
-            recursive = "recursive=true" in self.path.lower()
-            listed = [entry(path, p) for path, p in files.items() if recursive or "/" not in path]
-            return self._json(listed if len(rest) == 2 else [])
+            recursive, parent = "recursive=true" in self.path.lower(), "".join(f"{part}/" for part in rest[2:])
+            under = {path: p for path, p in files.items() if path.startswith(parent)}
+            return self._json([entry(n, p) for n, p in under.items() if recursive or "/" not in n[len(parent) :]])
         if api and rest[:1] == ["paths-info"]:
             wanted = (form or {}).get("paths", [])
+            wanted = [wanted] if isinstance(wanted, str) else wanted
             return self._json([entry(path, p) for path, p in files.items() if path in wanted])
         if rest[:1] == ["resolve"] and len(rest) >= 3:
             if name in self.state.gated:

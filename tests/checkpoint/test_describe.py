@@ -21,7 +21,7 @@ from zconvert.errors import UserError
 KEYS = {
     *("name", "revision", "model_type", "architectures", "verdict", "reason", "layers", "layer_types", "experts"),
     *("attention", "context_length", "rope", "dtypes", "parameters", "vocabulary", "tied_embeddings", "mask_token"),
-    *("shards", "tidar", "next", "family", "kind", "router", "cache", "quantisation", "index"),
+    *("shards", "tidar", "next", "family", "kind", "router", "cache", "quantisation", "index", "gated_bytes"),
 }
 
 

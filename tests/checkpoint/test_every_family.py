@@ -12,6 +12,7 @@ import torch
 from tests.checkpoint.tiny import make_tokenizer
 from tests.contracts.families import COMPOSITE_MODELS, FAMILY_MODELS, make_composite_model, make_family_model
 from tests.contracts.models import VOCAB, random_ids
+from zconvert.checkpoint.folder import sha256
 from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.headers import read_headers
 from zconvert.checkpoint.load import load_model
@@ -76,6 +77,10 @@ def _convert_gated_and_decode(model_type: str, folder: Path) -> None:
     layout, prompt = layout_model_of(loaded), random_ids((10,), seed=1).tolist()
     assert layout.gated is not None
     assert all(torch.equal(p, layout.gated.state_dict()[name]) for name, p in weights.state_dict().items())
+    for shard in (folder / "source").glob("*.safetensors"):
+        assert sha256(folder / "trained" / shard.name) == sha256(shard)
+    ids = random_ids((1, 20), seed=2)
+    assert torch.equal(loaded(ids, use_cache=False).logits, source(ids, use_cache=False).logits), "exactly, not nearly"
     plan, causal = _plans(settings)
     assert _text(layout, prompt, plan) == _text(LayoutModel(source), prompt, causal)
 

@@ -17,6 +17,7 @@ import pytest
 
 from tests.checkpoint.loopback_hub import COMMIT, LoopbackHub, serve
 from tests.checkpoint.sparse import meta_shapes, one_by_one, write_sparse
+from zconvert.tidar.settings import GatedParts, TidarSettings
 
 MB = 1 << 20
 
@@ -153,6 +154,16 @@ def test_what_a_gated_checkpoint_keeps_of_its_source_is_fetched(ask: Callable[..
     originals.mkdir()
     (originals / "config.json").write_text("{}")
     assert (Path(ask("org/sharded")["folder"]) / "tidar" / "source" / "config.json").read_text() == "{}"
+
+
+def test_the_size_of_gated_weights_is_known_without_fetching_them(ask: Callable[..., Any], hub: LoopbackHub) -> None:
+    config = hub.repositories["org/sharded"] / "config.json"
+    gated = TidarSettings(block_size=4, mask_token_id=60, mode="gated", gated=GatedParts()).to_dict()
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tidar": gated}))
+    assert ask("org/sharded", weights=False)["describe"]["gated_bytes"] == len(b"weights")
+    assert "gated.safetensors" not in hub.sent
+    (hub.repositories["org/single"] / "config.json").write_text(config.read_text())
+    assert ask("org/single", weights=False)["describe"]["gated_bytes"] is None
 
 
 def test_pickled_weights_alone_are_refused_with_how_to_convert_them(ask: Callable[..., Any], hub: LoopbackHub) -> None:

@@ -124,8 +124,13 @@ def test_a_converted_checkpoint_shows_its_settings(checkpoint: Path, tmp_path: P
 def test_a_gated_checkpoint_shows_what_is_frozen_and_what_is_added(checkpoint: Path, tmp_path: Path) -> None:
     parts = {"rank": 4, "mlp": "replace", "mlp_width": 16, "mask_embedding": True}
     settings = {"block_size": 4, "mask_token_id": 64, "mask_token": "", "mask_token_source": "virtual"}
-    result = run(changed(checkpoint, tmp_path / "run", tidar={**settings, "mode": "gated", "gated": parts}))
-    shown = " ".join(result.stdout.split())
+    section = {**settings, "mode": "gated", "gated": parts, "stages": ["midtrain"]}
+    folder = changed(checkpoint, tmp_path / "run", tidar=section)
+    assert "tidar/gated.safetensors is missing" in run(folder).stdout
+    (folder / "tidar").mkdir()
+    (folder / "tidar" / "gated.safetensors").write_bytes(bytes(1200))
+    shown = " ".join(run(folder).stdout.split())
+    assert "1.2 kB in tidar/gated.safetensors" in shown
     assert "id 64, beyond the vocabulary: without a row" in shown
     assert "gated, the source is frozen: low rank 4, diffusion expert of 16 in place of the routed ones" in shown
 

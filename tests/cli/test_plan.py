@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from zconvert.checkpoint.source import resolve
 from zconvert.cli import plan, ui
 from zconvert.planning.from_config import shapes_from_config
 from zconvert.planning.heatmap import colour_of
+from zconvert.planning.plan import count_of
 from zconvert.tidar.settings import GatedParts
 
 ZAYA = {"model_type": "zaya", **ZAYA_8B}
@@ -104,6 +106,15 @@ def config_alone(tmp_path: Path, config: dict[str, Any]) -> Path:
     return folder
 
 
+def test_a_small_model_has_figures_above_nought_and_time_in_seconds(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", "qwen3_moe")
+    convert_init(resolve(source), tmp_path / "init", block_size=8, gated=GatedParts(rank=4))
+    (tmp_path / "midtrain.yaml").write_text(RECIPE.format(base=tmp_path / "init"))
+    shown = run(tmp_path / "midtrain.yaml", "--gpu", "cpu", "--gpus", 1).stdout
+    assert not re.search(r"total +│ +0\.0+ of|: 0(\.0+)? of", shown)
+    assert re.search(r"time +│ +\d+ seconds", shown)
+
+
 def test_a_recipe_names_the_stage_and_may_name_the_checkpoint(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source", "qwen3_moe")
     convert_init(resolve(source), tmp_path / "init", block_size=8, gated=GatedParts(rank=4))
@@ -119,9 +130,15 @@ def test_a_recipe_names_the_stage_and_may_name_the_checkpoint(tmp_path: Path) ->
         3,
     )
     assert (stage["time"]["steps"], stage["time"]["tokens"]) == (1000, 1000 * 3 * 256)
+    assert stage["gated"]["rank"] == 4, "its own parts, not the default ones"
+    trained = count_of(stage["trained_parameters"])
+    shown = " ".join(run(recipe, "--gpus", 1).stdout.split())
+    assert f"Beside the frozen source {trained} weights are trained: low rank 4, diffusion expert of 384" in shown
     assert told["acceptance"]["block_size"] == 8
     assert len(document(tmp_path / "init", recipe, recipe)["stages"]) == 2
-    assert document(recipe, "--mode", "full")["stages"][0]["mode"] == "full"
+    full = document(recipe, "--mode", "full")
+    assert (full["stages"][0]["mode"], full["stages"][0]["gated"]) == ("full", None)
+    assert full["stages"][0]["trained_parameters"] == full["model"]["parameters"]
 
 
 def test_the_heat_map_is_one_html_file_that_needs_nothing_else(config: Path, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from zconvert.data.packing import Batch
+from zconvert.planning.workload import Workload
 from zconvert.tidar.model import LayoutModel
-from zconvert.tidar.settings import GatedParts
 from zconvert.training.objective import packed_losses
 
 SMALL = {
@@ -73,21 +73,24 @@ def small_model(model_type: str) -> Any:
     return model
 
 
-def peak_of_a_step(
-    model_type: str, sequence_len: int, rows: int, *, checkpointing: bool, gated: GatedParts | None = None
-) -> tuple[int, dict[str, Any]]:
-    """Trains two steps in float32 as training/loop.py does; the peak of the second one, and the config."""
-    model = small_model(model_type)
+def peak_of_a_step(model: Any, work: Workload, vocabulary: int = SMALL["vocab_size"]) -> int:
+    """Trains two steps of random tokens in float32 as training/loop.py does; the peak of the second one, in bytes.
+
+    Args:
+        model: of a causal family; in mode gated it is frozen here and gets its parts.
+        work: the step's sizes.
+        vocabulary: token ids that can be drawn; the last one is the mask token.
+    """
     layouts = LayoutModel(model)
     trained: Any = model
-    if gated is not None:
+    if work.gated is not None:
         model.requires_grad_(False).eval()
-        trained = layouts.add_gated(gated)
-        trained.gate.recompute = checkpointing
-    elif checkpointing:
+        trained = layouts.add_gated(work.gated)
+        trained.gate.recompute = work.gradient_checkpointing
+    elif work.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(trained.parameters(), fused=True)
-    ids = torch.randint(5, SMALL["vocab_size"] - 1, (rows, sequence_len))
+    ids = torch.randint(5, vocabulary - 1, (work.micro_batch_size, work.sequence_len))
     batch = Batch(ids, torch.zeros_like(ids), torch.ones_like(ids, dtype=torch.bool))
 
     def step() -> None:
@@ -95,17 +98,17 @@ def peak_of_a_step(
         sums = packed_losses(
             layouts,
             batch,
-            mask_token_id=SMALL["vocab_size"] - 1,
+            mask_token_id=vocabulary - 1,
             block_size=16,
-            objective="data" if gated is None else "forward_kl",
-            loss_chunk_size=LOSS_CHUNK,
+            objective="data" if work.gated is None else "forward_kl",
+            loss_chunk_size=work.loss_chunk_size,
         )
-        ((sums.ar if gated is None else 0) + sums.diffusion).backward()
+        ((sums.ar if work.gated is None else 0) + sums.diffusion).backward()
         layouts.release_gate()
         optimizer.step()
 
     step()
     optimizer.zero_grad(set_to_none=True)
-    with LivePeak(model, *([trained] if gated is not None else []), optimizer) as counted:
+    with LivePeak(model, *([trained] if work.gated is not None else []), optimizer) as counted:
         step()
-    return counted.peak, model.config.to_dict()
+    return counted.peak

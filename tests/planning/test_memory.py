@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.planning.models import QWEN3_30B, ZAYA_8B, facts
-from tests.planning.peak import FAMILIES, LOSS_CHUNK, peak_of_a_step, small_model
+from tests.planning.peak import FAMILIES, LOSS_CHUNK, SMALL, peak_of_a_step, small_model
+from zconvert.checkpoint.load import load_model
+from zconvert.checkpoint.source import resolve
 from zconvert.planning.layouts import Layout
 from zconvert.planning.memory import layer_bytes, memory_of
 from zconvert.planning.model import facts_from_config
-from zconvert.planning.workload import Workload
+from zconvert.planning.workload import Workload, workload_of
+from zconvert.recipe import MidtrainRecipe, load_recipe
 from zconvert.tidar.layout import packed_layout
 from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.settings import GatedParts
@@ -45,11 +49,22 @@ def test_a_layer_keeps_what_the_formula_says_within_6_percent(model_type: str) -
     assert predicted == pytest.approx(measured, rel=0.06)
 
 
+def workload(*, checkpointing: bool, gated: GatedParts | None = None) -> Workload:
+    sizes = {"sequence_len": 512, "micro_batch_size": 2, "compute_bytes": 4, "loss_chunk_size": LOSS_CHUNK}
+    return Workload(gradient_checkpointing=checkpointing, gated=gated, **sizes)
+
+
+def planned_and_measured(model: Any, work: Workload, vocabulary: int = SMALL["vocab_size"]) -> tuple[float, float]:
+    """Peaks of a step in bytes."""
+    planned = memory_of(facts_from_config(model.config.to_dict() | {"dtype": "float32"}, "small"), work, Layout())
+    return planned.total, peak_of_a_step(model, work, vocabulary)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_the_peak_of_a_training_step_is_predicted_within_5_percent(model_type: str, checkpointing: bool) -> None:
-    measured, config = peak_of_a_step(model_type, 512, 2, checkpointing=checkpointing)
-    assert predicted_peak(config, checkpointing, None) == pytest.approx(measured, rel=0.05)
+    planned, measured = planned_and_measured(small_model(model_type), workload(checkpointing=checkpointing))
+    assert planned == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -57,21 +72,21 @@ def test_the_peak_of_a_training_step_is_predicted_within_5_percent(model_type: s
 def test_the_peak_of_a_gated_step_is_predicted_within_20_percent(model_type: str, checkpointing: bool) -> None:
     """A chunk's logits and a layer that is run again do not meet, and are added all the same."""
     parts = GatedParts(rank=8, mlp_width=64)
-    measured, config = peak_of_a_step(model_type, 512, 2, checkpointing=checkpointing, gated=parts)
-    assert predicted_peak(config, checkpointing, parts) == pytest.approx(measured, rel=0.20)
-
-
-def predicted_peak(config: dict[str, Any], checkpointing: bool, gated: GatedParts | None) -> float:
-    model = facts_from_config(config | {"dtype": "float32"}, "small")
-    work = Workload(
-        sequence_len=512,
-        micro_batch_size=2,
-        compute_bytes=4,
-        gradient_checkpointing=checkpointing,
-        loss_chunk_size=LOSS_CHUNK,
-        gated=gated,
+    planned, measured = planned_and_measured(
+        small_model(model_type), workload(checkpointing=checkpointing, gated=parts)
     )
-    return memory_of(model, work, Layout()).total
+    assert planned == pytest.approx(measured, rel=0.20)
+
+
+@pytest.mark.parametrize("mode", ["full", "gated"])
+def test_the_peak_of_a_step_of_the_quickstart_is_predicted_within_5_percent(mode: str) -> None:
+    root = Path(__file__).parents[2]
+    recipe = root / "recipes" / ("quickstart" if mode == "full" else "quickstart-gated") / "midtrain.yaml"
+    parts = GatedParts() if mode == "gated" else None
+    model, _ = load_model(resolve(root / "examples" / "tiny-zaya" / "checkpoint"), dtype="float32", device="cpu")
+    quickstart = workload_of(load_recipe(recipe, MidtrainRecipe), 16, parts)
+    planned, measured = planned_and_measured(model.train(), quickstart, model.config.vocab_size)
+    assert planned == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize(("sequence_len", "estimate"), [(16_384, 39), (32_768, 53)])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from zconvert.tidar.settings import FORMAT_VERSION, TidarSettings, check_proposals
+from zconvert.tidar.settings import FORMAT_VERSION, GatedParts, TidarSettings, check_proposals
 
 
 def test_settings_survive_json() -> None:
@@ -53,6 +54,14 @@ def test_two_keys_suffice_and_unknown_ones_are_of_a_newer_minor_version() -> Non
 def test_a_section_that_cannot_work_is_refused(section: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TidarSettings.from_dict(section)
+
+
+def test_lossless_is_against_the_source_where_it_is_frozen_and_against_itself_where_it_moved() -> None:
+    gated = TidarSettings(4, 9, mode="gated", gated=GatedParts(), base_model="org/base")
+    assert gated.lossless_means() == "gated: lossless means the text of org/base"
+    assert replace(gated, base_model=None).lossless_means().endswith("the text of its source")
+    full = replace(gated, mode="full", gated=None)
+    assert full.lossless_means().endswith("this checkpoint's own AR decoding, not of org/base")
 
 
 def test_proposals_are_sorted_without_repeats() -> None:

@@ -21,7 +21,7 @@ from zconvert.checkpoint.anatomy import (
     rope_of,
     router_of,
 )
-from zconvert.checkpoint.headers import Headers
+from zconvert.checkpoint.headers import FolderFiles, Headers
 from zconvert.checkpoint.listing import list_tensors
 from zconvert.checkpoint.mask_token import choose_mask_token, read_vocabulary
 from zconvert.checkpoint.parameters import INPUT_EMBEDDINGS, count_parameters, find_tensor, is_tied, moe_layers
@@ -30,7 +30,7 @@ from zconvert.checkpoint.source import Source, read_config, tidar_settings
 from zconvert.checkpoint.verdict import refusal, sentence
 from zconvert.errors import UserError
 from zconvert.tidar.families import judge
-from zconvert.tidar.settings import TidarSettings
+from zconvert.tidar.settings import GATED_FILE, TidarSettings
 
 _BALANCING_BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 _SINK = re.compile(r"(^|\.)(self_)?attn\..*(sink|softmax_offset)")
@@ -73,6 +73,7 @@ def describe(source: Source) -> dict[str, Any]:
         - `index`: against the index of shards, how many tensors are `missing` and `extra`, some `examples` of them, and
           the `missing_shards`; null for a checkpoint without index
         - `tidar`: the settings of a converted checkpoint, else null
+        - `gated_bytes`: size of the file of gated weights; null where there is none
         - `next`: the command to run next, null where refused
 
     Raises:
@@ -120,8 +121,16 @@ def describe(source: Source) -> dict[str, Any]:
         "shards": [{"name": shard.name, "bytes": shard.bytes} for shard in headers.shards],
         "index": asdict(listing.index) if listing.index else None,
         "tidar": settings.to_dict() if settings else None,
+        "gated_bytes": None if settings is None or settings.gated is None else _gated_bytes(source),
         "next": None if reason else _next(source, settings),
     }
+
+
+def _gated_bytes(source: Source) -> int | None:
+    try:
+        return (source.files or FolderFiles(source.folder)).size(GATED_FILE)
+    except FileNotFoundError:
+        return None
 
 
 def _tokens(

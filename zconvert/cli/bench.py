@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,14 +36,6 @@ BUILT_IN_PROMPTS = (
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
-class Mode(StrEnum):
-    """Values of --mode."""
-
-    SINGLE = "single"
-    TWO = "two"
-    AUTO = "auto"
-
-
 def command(
     checkpoint: options.Checkpoint,
     prompts: Annotated[
@@ -62,7 +53,7 @@ def command(
         list[int] | None, typer.Option(min=1, help="Cut or repeat prompts to so many tokens; likewise.")
     ] = None,
     mode: Annotated[
-        list[Mode] | None,
+        list[options.Mode] | None,
         typer.Option(
             help="single: a forward verifies and drafts; two: they take turns; auto: as suits the machine; likewise.",
             show_default="single",
@@ -126,7 +117,7 @@ def command(
     from zconvert.tidar.generate import layout_model_of
     from zconvert.tidar.model import LayoutModel
 
-    modes = [str(each) for each in mode or [Mode.SINGLE]]
+    modes = [str(each) for each in mode or [options.Mode.SINGLE]]
     batches, times = batch_size or [1], None
     with _progress() as progress:
         if "auto" in modes or tune:

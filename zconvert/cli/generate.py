@@ -14,7 +14,7 @@ from zconvert.checkpoint.anatomy import context_of
 from zconvert.checkpoint.load import end_token_ids, load_model, prompt_ids
 from zconvert.checkpoint.source import read_config, require_converted, resolve
 from zconvert.cli import options
-from zconvert.cli.streaming import Tally, plural, show_blocks, show_nothing, show_plain, write
+from zconvert.cli.streaming import Tally, plural, safe, show_blocks, show_nothing, show_plain, write
 from zconvert.cli.ui import err, out, print_json, progress
 from zconvert.tidar.families import language_config
 
@@ -101,7 +101,8 @@ def command(
         Chat(layout_model, tokenizer, plan, max_new_tokens, stops, seed, show, context).talk()
         return
     if output is not None:
-        engine = Engine(layout_model, plan, max_batch=batch_size)
+        replan = options.follow_machine(mode, layout_model, settings, source.folder, batch_size)
+        engine = Engine(layout_model, plan, max_batch=batch_size, replan=replan)
         shared = Settings(max_new_tokens, seed, stops, add_bos, context)
         with progress() as bars:
             task = bars.add_task("Decoding", completed=len(done), total=len(rows))
@@ -115,7 +116,12 @@ def command(
     assert text is not None
     ids, tally = prompt_ids(tokenizer, text, add_bos=add_bos), Tally()
     written, result = write(
-        Engine(layout_model, plan, max_batch=1),
+        Engine(
+            layout_model,
+            plan,
+            max_batch=1,
+            replan=options.follow_machine(mode, layout_model, settings, source.folder, 1),
+        ),
         Request(ids, max_new_tokens, seed=seed),
         GrowingText(tokenizer, ids, stops),
         show,
@@ -127,6 +133,8 @@ def command(
         return
     out.print()
     err.print(Text(str(tally), style="dim"), soft_wrap=True)
+    if settings.mode == "gated" and sampler is options.Sampler.LOSSLESS:
+        err.print(Text(safe(settings.lossless_means()), style="dim"), soft_wrap=True)
 
 
 def _check_uses(

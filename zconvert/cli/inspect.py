@@ -11,7 +11,7 @@ from zconvert.checkpoint.describe import describe
 from zconvert.checkpoint.source import resolve
 from zconvert.cli import options
 from zconvert.cli.ui import err, out, print_json, size
-from zconvert.tidar.settings import GatedParts
+from zconvert.tidar.settings import GATED_FILE, GatedParts
 
 _MASK_SOURCES = {
     "existing": "in the tokenizer already",
@@ -184,6 +184,10 @@ def _weights(document: dict[str, Any]) -> str:
         lines += [f"{shard['name']}  {size(shard['bytes'])}" for shard in shards[:_MOST_SHARDS]]
         more = shards[_MOST_SHARDS:]
         lines += [f"… and {len(more)} more, {size(sum(shard['bytes'] for shard in more))}"] if more else []
+    if document["gated_bytes"] is not None:
+        lines.append(f"{size(document['gated_bytes'])} in {GATED_FILE}")
+    elif document["tidar"] and document["tidar"].get("gated") and document["tidar"]["stages"]:
+        lines.append(f"{GATED_FILE} is missing")
     return "\n".join(lines)
 
 

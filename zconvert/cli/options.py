@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +15,8 @@ from zconvert.tidar.settings import TidarSettings, check_proposals
 
 if TYPE_CHECKING:
     from zconvert.tidar.decoding import DecodePlan
+    from zconvert.tidar.engine import Engine
+    from zconvert.tidar.model import LayoutModel
 
 
 class Dtype(StrEnum):
@@ -44,6 +48,7 @@ class Mode(StrEnum):
 
     SINGLE = "single"
     TWO = "two"
+    AUTO = "auto"
 
 
 Checkpoint = Annotated[
@@ -62,7 +67,10 @@ MixWeight = Annotated[
     typer.Option(min=0, max=1, help="Of --sampler mixed: share of AR in what verifies. Default: 0.5."),
 ]
 ModeOption = Annotated[
-    Mode, typer.Option(help="single: forwards verify and draft at once; two: they take turns, each with less to do.")
+    Mode,
+    typer.Option(
+        help="single: forwards verify and draft at once; two: they take turns; auto: whichever is faster here."
+    ),
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: the checkpoint's own.")]
 DeviceOption = Annotated[Device, typer.Option(help="auto: a GPU where there is one.")]
@@ -94,24 +102,6 @@ def accepted_counts(text: str | None, block_size: int | None = None) -> tuple[in
         raise typer.BadParameter(
             f"{text!r} is no list of accepted counts, from 1{most}, such as 1,3,5", param_hint="--proposals"
         ) from None
-
-
-def numbers(text: str, option: str) -> tuple[int, ...]:
-    """Whole numbers from 1 with commas between them, in order and without repeats.
-
-    Raises:
-        typer.BadParameter: it is no such list.
-
-    >>> numbers("4,1,4", "--k")
-    (1, 4)
-    """
-    try:
-        found = tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        found = (0,)
-    if found[0] < 1:
-        raise typer.BadParameter(f"{text!r} is no list of whole numbers from 1, such as 1,4,16", param_hint=option)
-    return found
 
 
 def size_in_bytes(text: str, option: str) -> int:
@@ -160,6 +150,8 @@ def plan(
     from zconvert.tidar.acceptance import Sampling
     from zconvert.tidar.generate import plan_of
 
+    if mode is Mode.AUTO and (proposals, block_size) != (None, None):
+        raise typer.BadParameter("it chooses proposals and block sizes itself", param_hint="--mode auto")
     try:
         return plan_of(
             settings,
@@ -169,7 +161,36 @@ def plan(
             mix_weight=mix_weight,
             proposals=proposals,
             block_size=block_size,
-            mode=str(mode),
+            mode=str(Mode.SINGLE if mode is Mode.AUTO else mode),
         )
     except ValueError as error:
         raise UserError(f"these options cannot work: {error}", fix="see the command's --help") from error
+
+
+def numbers(text: str, option: str) -> tuple[int, ...]:
+    """Whole numbers from 1 with commas between them, in order and without repeats.
+
+    Raises:
+        typer.BadParameter: it is no such list.
+
+    >>> numbers("4,1,4", "--k")
+    (1, 4)
+    """
+    try:
+        found = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        found = (0,)
+    if found[0] < 1:
+        raise typer.BadParameter(f"{text!r} is no list of whole numbers from 1, such as 1,4,16", param_hint=option)
+    return found
+
+
+def follow_machine(
+    mode: Mode, model: LayoutModel, settings: TidarSettings, folder: Path, batch_size: int
+) -> Callable[[Engine], None] | None:
+    """What --mode auto sets an engine's plan by, after timing this machine where that was not done yet; else None."""
+    if mode is not Mode.AUTO:
+        return None
+    from zconvert.serving.tuning import AutoPlan, times_of
+
+    return AutoPlan(times_of(model, settings, batch_size, folder), settings)

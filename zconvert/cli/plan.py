@@ -24,6 +24,7 @@ from zconvert.planning.plan import (
     CONTEXTS,
     count_of,
     document_of,
+    duration_of,
     explain,
     plan_stage,
     speed_map,
@@ -279,6 +280,9 @@ def show(document: dict[str, Any], cells: list[Cell]) -> None:
     )
     for stage in document["stages"]:
         out.print()
+        if stage["gated"] is not None:
+            trained, parts = count_of(stage["trained_parameters"]), GatedParts(**stage["gated"]).described()
+            out.print(Text(f"Beside the frozen source {trained} weights are trained: {parts}."))
         out.print(_stage_table(stage))
         _show_rejected(stage["rejected"])
     for mode, title in MODES.items():
@@ -330,8 +334,10 @@ def _stage_table(stage: dict[str, Any]) -> Table:
     for name, justify in (("Memory a device", "left"), ("GB", "right"), ("Time", "left"), ("", "right")):
         table.add_column(name, justify="right" if justify == "right" else "left")
     names = [name for name in memory if name.endswith("_gb")]
-    left = [(name.removesuffix("_gb").replace("_", " "), f"{memory[name]:.1f}") for name in names]
-    left.append(("total", f"{memory['total_gb_per_gpu']:.1f} of {memory['usable_gb_per_gpu']:.1f}"))
+    total = memory["total_gb_per_gpu"]
+    digits = 1 if total >= 1 else 3
+    left = [(name.removesuffix("_gb").replace("_", " "), f"{memory[name]:.{digits}f}") for name in names]
+    left.append(("total", f"{total:.{digits}f} of {memory['usable_gb_per_gpu']:.1f}"))
     right = [
         ("step", f"{time['step_seconds']:.3g} s"),
         ("tokens a step", f"{time['tokens_per_step']:,}"),
@@ -341,10 +347,10 @@ def _stage_table(stage: dict[str, Any]) -> Table:
         right += [
             ("steps", f"{time['steps']:,}"),
             ("tokens", count_of(time["tokens"])),
-            ("days", f"{time['days']:.3g}"),
+            ("time", duration_of(time["days"])),
         ]
         right += [("cost", f"${time['dollars']:,.0f}")] if time["dollars"] is not None else []
-    right.append(("disk", f"{sum(stage['disk_gb'].values()):,.1f} GB"))
+    right.append(("disk", f"{sum(stage['disk_gb'].values()):,.{digits}f} GB"))
     for row in range(max(len(left), len(right))):
         table.add_row(*(left[row] if row < len(left) else ("", "")), *(right[row] if row < len(right) else ("", "")))
     return table

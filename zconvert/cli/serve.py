@@ -86,7 +86,8 @@ def command(
             vocabulary=model.get_input_embeddings().num_embeddings,
         )
         layout_model = layout_model_of(model)
-        worker = Worker(lambda: Engine(layout_model, plan, max_batch=batch_size))
+        replan = options.follow_machine(mode, layout_model, settings, source.folder, batch_size)
+        worker = Worker(lambda: Engine(layout_model, plan, max_batch=batch_size, replan=replan))
         limits = Limits(places=batch_size + max_queue, timeout=timeout, grace=grace)
         url = f"http://{f'[{host}]' if ':' in host else host}:{address.getsockname()[1]}/v1"
         server = Server(

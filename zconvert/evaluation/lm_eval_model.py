@@ -21,7 +21,8 @@ from torch import Tensor
 from zconvert.checkpoint.load import end_token_ids, load_model
 from zconvert.checkpoint.source import require_converted, resolve
 from zconvert.evaluation.samplers import sampler_weights
-from zconvert.evaluation.sampling import StopAt, plans_of
+from zconvert.evaluation.sampling import plans_of
+from zconvert.serving.text import GrowingText
 from zconvert.tidar.acceptance import Sampling
 from zconvert.tidar.decoding import Request
 from zconvert.tidar.engine import Engine, run
@@ -75,8 +76,9 @@ class ZconvertLM(HFLM):
         sampling = self._sampling(generation_kwargs)
         prompts, _ = unpadded(context, mask)
         budget = max_length - context.shape[1]
+        ends = [GrowingText(self.tokenizer, prompt, stop).stop for prompt in prompts]
         requests = [
-            Request(prompt, budget, sampling, self._seed + row, stop=StopAt(self.tokenizer, prompt, stop), key=row)
+            Request(prompt, budget, sampling, self._seed + row, stop=ends[row], key=row)
             for row, prompt in enumerate(prompts)
         ]
         engine = Engine(self._layout_model, self._plan, max_batch=len(requests))

@@ -236,6 +236,8 @@ def _stage_dict(model: ModelFacts, stage: StagePlan, machine: Machine) -> dict[s
     return {
         "stage": work.stage,
         "mode": "full" if work.gated is None else "gated",
+        "gated": None if work.gated is None else asdict(work.gated),
+        "trained_parameters": model.total if work.gated is None else model.gated_parameters(work.gated),
         "sequence_len": work.sequence_len,
         "micro_batch_size": work.micro_batch_size,
         "gradient_accumulation_steps": work.gradient_accumulation_steps,
@@ -273,7 +275,8 @@ def summary(stages: Sequence[StagePlan], machine: Machine, gpus: int, cells: Seq
     lines = []
     for stage in stages:
         name = f"{stage.work.stage}: " if len(stages) > 1 else ""
-        room = f"{stage.memory.total / _GB:.0f} of {machine.usable_bytes / _GB:.0f} GB"
+        needed = stage.memory.total / _GB
+        room = f"{needed:.{0 if needed >= 1 else 2}f} of {machine.usable_bytes / _GB:.0f} GB"
         if stage.fits:
             fewer = stage.least_gpus
             also = f" (the least is {fewer})" if fewer is not None and fewer < gpus else ""
@@ -286,7 +289,7 @@ def summary(stages: Sequence[StagePlan], machine: Machine, gpus: int, cells: Seq
         if cost is not None and stage.fits:
             price = f", about ${cost.dollars:,.0f}" if cost.dollars is not None and cost.dollars >= 1 else ""
             lines.append(
-                f"{name}{count_of(cost.tokens)} tokens take about {_duration(cost.days)} at "
+                f"{name}{count_of(cost.tokens)} tokens take about {duration_of(cost.days)} at "
                 f"{stage.time.tokens_per_second:,.0f} tokens/s{price}."
             )
     lines.append(_where_it_pays(cells))
@@ -333,13 +336,15 @@ def count_of(items: float) -> str:
     return f"{items:.0f}"
 
 
-def _duration(days: float) -> str:
+def duration_of(days: float) -> str:
+    """A time in words: 12 days, 5 hours, 40 seconds."""
     if days >= 2:
         return f"{days:,.0f} days"
     if days >= 2 / 24:
         return f"{24 * days:.0f} hours"
-    minutes = round(1440 * days)
-    return f"{minutes} minutes" if minutes > 1 else "a minute"
+    if days >= 2 / 1440:
+        return f"{1440 * days:.0f} minutes"
+    return f"{86400 * days:.0f} seconds"
 
 
 def with_changes(machine: Machine, *, price: float | None = None, efficiency: float | None = None) -> Machine:

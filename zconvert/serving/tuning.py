@@ -22,7 +22,6 @@ import transformers
 
 from zconvert import __version__
 from zconvert.planning.acceptance import best_sets, two_forwards
-from zconvert.tidar.acceptance import Sampling
 from zconvert.tidar.cache import TidarCache
 from zconvert.tidar.decoding import DecodePlan
 from zconvert.tidar.engine import Engine
@@ -245,7 +244,9 @@ def choices(times: Times, worth: Sequence[Option], rows: int) -> list[Choice]:
 
 
 class AutoPlan:
-    """Sets an engine's plan by what is fastest: `engine.replan = AutoPlan(…)`.
+    """Sets an engine's plan by what is fastest: `Engine(…, replan=AutoPlan(…))`.
+
+    Greedy texts do not depend on it; sampled ones follow the same law, but a seed no longer repeats them.
 
     How often slots are right is reckoned anew ever more seldom, but soon when what forwards yield has moved. The number
     of rows counts at every change.
@@ -324,22 +325,6 @@ def plan_of_option(option: Option, plan: DecodePlan, settings: TidarSettings) ->
         block_size=option.block_size,
         two_forwards=option.mode == "two",
     )
-
-
-def auto_engine(
-    model: LayoutModel,
-    settings: TidarSettings,
-    eos_token_ids: frozenset[int],
-    times: Times,
-    *,
-    sampling: Sampling | None = None,
-    max_batch: int = 8,
-) -> Engine:
-    """An engine whose plan follows the machine and the text. Greedy texts do not depend on it; sampled ones in law."""
-    plan = DecodePlan.tidar(settings, sampling or Sampling(), eos_token_ids)
-    engine = Engine(model, plan, max_batch=max_batch)
-    engine.replan = AutoPlan(times, settings)
-    return engine
 
 
 def _counts(size: int) -> list[int]:

@@ -83,7 +83,13 @@ class Engine:
     """Decodes requests together. `add` them, then `step` until `idle`."""
 
     def __init__(
-        self, model: LayoutModel, plan: DecodePlan, *, max_batch: int = 8, prefill_chunk: int = PREFILL_CHUNK
+        self,
+        model: LayoutModel,
+        plan: DecodePlan,
+        *,
+        max_batch: int = 8,
+        prefill_chunk: int = PREFILL_CHUNK,
+        replan: Callable[[Engine], None] | None = None,
     ) -> None:
         """Makes an engine with an empty cache.
 
@@ -92,6 +98,7 @@ class Engine:
             plan: see DecodePlan; another may be set between steps.
             max_batch: texts decoded at a time; further requests wait.
             prefill_chunk: tokens of one prompt in a forward at most.
+            replan: called before each forward over texts; may set another plan.
 
         Raises:
             ValueError: max_batch or prefill_chunk below 1.
@@ -99,8 +106,7 @@ class Engine:
         if max_batch < 1 or prefill_chunk < 1:
             raise ValueError(f"max_batch is {max_batch} and prefill_chunk {prefill_chunk}, expected at least 1 each")
         self.plan = plan
-        self.replan: Callable[[Engine], None] | None = None
-        """called before each forward over texts; may set another plan"""
+        self.replan = replan
         self.counters = Counters()
         self._queue: deque[tuple[Result, torch.Generator | None]] = deque()
         self._model = model

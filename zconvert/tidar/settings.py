@@ -31,7 +31,7 @@ OWN_FILES = (GATED_FILE, BIGRAM_FILE)
 class GatedParts:
     """Weights that act at mask slots only: which parts there are, and how large (gated.py has them)."""
 
-    rank: int = 16
+    rank: int = 32
     """of the low-rank updates of attention projections; 0: none"""
     mlp: str = "replace"
     """what the diffusion expert does at a mixture-of-experts block: replace the routed experts, add to them, or none.
@@ -133,6 +133,17 @@ class TidarSettings:
     def virtual(self) -> bool:
         """Whether the mask token is an id alone: no row, no text."""
         return self.mask_token_source == "virtual"
+
+    def lossless_means(self) -> str:
+        """The mode, and whose text lossless decoding gives; `base_model` in it is text of a stranger's file.
+
+        >>> TidarSettings(block_size=4, mask_token_id=9, base_model="org/base").lossless_means()
+        "full: lossless means the text of this checkpoint's own AR decoding, not of org/base"
+        """
+        source = self.base_model or "its source"
+        if self.mode == "gated":
+            return f"gated: lossless means the text of {source}"
+        return f"full: lossless means the text of this checkpoint's own AR decoding, not of {source}"
 
     def default_proposals(self) -> tuple[int, ...]:
         """The proposal set to decode with where the caller names none."""

@@ -322,7 +322,7 @@ def test_results_go_where_export_looks_for_them(folder: Path, tmp_path: Path) ->
         (("--n", "4", "--temperature", "0"), 1, "greedy decoding gives the same text every time"),
         (("--samplers", "mix:2"), 2, "no sampler"),
         (("--samplers", "turbo"), 2, "no sampler"),
-        (("--chat",), 1, "has no chat template"),
+        (("--chat",), 1, "--no-chat asks it as plain text"),
         (("--max-new-tokens", "400"), 1, "does not fit the model"),
         (("--block-size", "8"), 1, "block_size is 8"),
         (("--tasks", "humaneval"), 1, "--allow-code-exec"),

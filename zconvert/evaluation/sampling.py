@@ -114,6 +114,11 @@ def ask(
     Raises:
         UserError: there is no chat template, or a prompt and its answer are too long for the model.
     """
+    if chat and not tokenizer.chat_template:
+        raise UserError(
+            f"the task {task.name} is asked as a chat, and the tokenizer has no chat template",
+            fix="--no-chat asks it as plain text",
+        )
     budget = max_new_tokens or task.recipe.max_new_tokens
     prompts = []
     for problem in problems:

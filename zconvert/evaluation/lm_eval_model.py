@@ -61,7 +61,9 @@ class ZconvertLM(HFLM):
         """
         source = resolve(pretrained, revision=revision)
         settings = require_converted(source)
-        model, tokenizer = load_model(source, dtype=dtype, device=device or "auto")
+        # "cuda:0" is the default of lm_eval's command line, which means a CPU too where there is nothing else.
+        named = device is not None and (device != "cuda:0" or torch.cuda.is_available())
+        model, tokenizer = load_model(source, dtype=dtype, device=str(device) if named else "auto")
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, **kwargs)
         self._seed = seed
         eos = end_token_ids(model, tokenizer)

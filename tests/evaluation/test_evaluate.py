@@ -19,14 +19,12 @@ from typer.testing import CliRunner, Result
 from tests.checkpoint.tiny import make_checkpoint
 from tests.evaluation.rows import HUMANEVAL, write_rows
 from zconvert.checkpoint.graft import convert_init
-from zconvert.checkpoint.load import load_model, prompt_ids
 from zconvert.checkpoint.source import resolve
 from zconvert.cli.main import app
 from zconvert.errors import UserError
 from zconvert.evaluation import sampling
 from zconvert.evaluation.evaluate import Plan
 from zconvert.evaluation.report import write_report
-from zconvert.evaluation.sampling import StopAt, text_of
 from zconvert.evaluation.statistics import pass_at_k
 from zconvert.tidar.settings import GatedParts
 
@@ -324,7 +322,7 @@ def test_results_go_where_export_looks_for_them(folder: Path, tmp_path: Path) ->
         (("--n", "4", "--temperature", "0"), 1, "greedy decoding gives the same text every time"),
         (("--samplers", "mix:2"), 2, "no sampler"),
         (("--samplers", "turbo"), 2, "no sampler"),
-        (("--chat",), 1, "no chat template"),
+        (("--chat",), 1, "--no-chat asks it as plain text"),
         (("--max-new-tokens", "400"), 1, "does not fit the model"),
         (("--block-size", "8"), 1, "block_size is 8"),
         (("--tasks", "humaneval"), 1, "--allow-code-exec"),
@@ -339,35 +337,6 @@ def test_what_cannot_work_is_told_before_anything_is_generated(
     assert result.exit_code == code
     assert said in " ".join(result.stderr.replace("│", " ").split())
     assert not (tmp_path / "out").exists()
-
-
-def test_a_text_ends_with_a_stop_text_which_is_not_part_of_it(folder: Path) -> None:
-    _, tokenizer = load_model(resolve(folder / "init"), device="cpu")
-    prompt = prompt_ids(tokenizer, "ten tall")
-    ids = tokenizer("trees stand there", add_special_tokens=False).input_ids
-    whole = text_of(tokenizer, prompt, ids)
-    assert whole == " trees stand there"
-    for size in (1, 2, 5):  # tokens that a forward gives
-        stop, count = StopAt(tokenizer, prompt, ["xyz", "nd t"]), None
-        for end in range(size, len(ids) + size, size):
-            count = stop(ids[:end])
-            if count is not None:
-                break
-        assert count is not None
-        assert "nd t" in text_of(tokenizer, prompt, ids[:count])
-        assert "nd t" not in text_of(tokenizer, prompt, ids[: count - 1])
-    assert StopAt(tokenizer, prompt, ["xyz"])(ids) is None
-
-
-def test_a_stop_text_is_found_wherever_it_is_in_a_long_text(folder: Path) -> None:
-    _, tokenizer = load_model(resolve(folder / "init"), device="cpu")
-    filler = tokenizer("the old stone and the men sing to ten trees " * 5, add_special_tokens=False).input_ids
-    ids = filler + tokenizer("seven tents", add_special_tokens=False).input_ids
-    stop = StopAt(tokenizer, [2], ["seven"])
-    counts = [stop(ids[:end]) for end in range(1, len(ids) + 1)]
-    first = next(count for count in counts if count is not None)
-    assert len(filler) < first <= len(ids)
-    assert counts.index(first) == first - 1
 
 
 def test_a_plan_is_checked_before_it_is_used() -> None:

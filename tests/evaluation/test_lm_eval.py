@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.checkpoint.tiny import make_checkpoint
 from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.source import resolve
+from zconvert.cli.main import app
 
 pytest.importorskip("lm_eval", reason="needs zconvert[lm-eval]")
 pytestmark = pytest.mark.slow
@@ -105,6 +107,13 @@ def test_gsm8k_has_the_score_and_texts_of_the_stock_model(folder: Path, sampler:
 
 def test_likelihoods_are_those_of_the_stock_model(folder: Path) -> None:
     assert evaluated(folder, "local_choice", "zconvert") == evaluated(folder, "local_choice", "hf")
+
+
+def test_the_command_runs_lm_eval_s_own(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = f"--model_args pretrained={folder / 'init'},sampler=mix:0.5 --tasks local_choice --include_path {folder}"
+    done = CliRunner().invoke(app, ["lm-eval", "run", "--model", "zconvert", *options.split()])
+    assert done.exit_code == 0, done.stderr
+    assert "|local_choice|" in done.stdout + capfd.readouterr().out
 
 
 def test_options_that_are_not_known_are_refused(folder: Path) -> None:

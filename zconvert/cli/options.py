@@ -167,19 +167,19 @@ def plan(
         raise UserError(f"these options cannot work: {error}", fix="see the command's --help") from error
 
 
-def numbers(text: str, option: str) -> list[int]:
+def numbers(text: str, option: str) -> tuple[int, ...]:
     """Whole numbers from 1 with commas between them, in order and without repeats.
 
     Raises:
         typer.BadParameter: it is no such list.
 
     >>> numbers("4,1,4", "--k")
-    [1, 4]
+    (1, 4)
     """
     try:
-        found = sorted({int(part) for part in text.split(",")})
+        found = tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
-        found = [0]
+        found = (0,)
     if found[0] < 1:
         raise typer.BadParameter(f"{text!r} is no list of whole numbers from 1, such as 1,4,16", param_hint=option)
     return found

@@ -96,8 +96,8 @@ def command(
 ) -> None:
     """Tell what a conversion costs and whether it pays, before anything is spent."""
     counts = options.accepted_counts(proposals, block_size)
-    batches = _whole_numbers(batch, "--batch") or BATCHES
-    contexts = _whole_numbers(context, "--context") or CONTEXTS
+    batches = BATCHES if batch is None else options.numbers(batch, "--batch")
+    contexts = CONTEXTS if context is None else options.numbers(context, "--context")
     cell_wanted = None if why is None else _cell_of(why)
     budget = None if tokens is None else parse_count(tokens)
     if source_bits not in (None, 4, 8, 16, 32):
@@ -244,18 +244,6 @@ def _stages(
     if source_bits is not None:
         works = [replace(work, source_bits=source_bits) for work in works]
     return works if sequence_len is None else [replace(work, sequence_len=sequence_len) for work in works]
-
-
-def _whole_numbers(text: str | None, option: str) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        values = tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        values = (0,)
-    if values[0] < 1:
-        raise typer.BadParameter(f"{text!r} is no list of whole numbers from 1, such as 1,8,32", param_hint=option)
-    return values
 
 
 def _cell_of(text: str) -> tuple[int, int]:

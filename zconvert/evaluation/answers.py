@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Sequence
 from fractions import Fraction
 
 from zconvert.errors import UserError
@@ -13,15 +12,6 @@ from zconvert.recipe.task import AnswerSection, CheckSection
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+")
 _FENCE = re.compile(r"^[ \t]*```([^\n`]*)$", re.MULTILINE)
 _LONGEST_LOOP = 200
-
-
-def cut(text: str, stops: Sequence[str]) -> str:
-    """The text before the first of some texts.
-
-    >>> cut("4\\n\\nQuestion: 5\\nQuestion: 6", ["\\nQuestion:", "Question: 5"])
-    '4\\n'
-    """
-    return text[: min([place for stop in stops if (place := text.find(stop)) >= 0], default=len(text))]
 
 
 def extract(text: str, section: AnswerSection) -> str | None:

@@ -21,7 +21,8 @@ from torch import Tensor
 from zconvert.checkpoint.load import end_token_ids, load_model
 from zconvert.checkpoint.source import require_converted, resolve
 from zconvert.evaluation.samplers import sampler_weights
-from zconvert.evaluation.sampling import StopAt, plans_of
+from zconvert.evaluation.sampling import plans_of
+from zconvert.serving.text import GrowingText
 from zconvert.tidar.acceptance import Sampling
 from zconvert.tidar.decoding import Request
 from zconvert.tidar.engine import Engine, run
@@ -60,7 +61,9 @@ class ZconvertLM(HFLM):
         """
         source = resolve(pretrained, revision=revision)
         settings = require_converted(source)
-        model, tokenizer = load_model(source, dtype=dtype, device=device or "auto")
+        # "cuda:0" is the default of lm_eval's command line, which means a CPU too where there is nothing else.
+        named = device is not None and (device != "cuda:0" or torch.cuda.is_available())
+        model, tokenizer = load_model(source, dtype=dtype, device=str(device) if named else "auto")
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, **kwargs)
         self._seed = seed
         eos = end_token_ids(model, tokenizer)
@@ -75,8 +78,9 @@ class ZconvertLM(HFLM):
         sampling = self._sampling(generation_kwargs)
         prompts, _ = unpadded(context, mask)
         budget = max_length - context.shape[1]
+        ends = [GrowingText(self.tokenizer, prompt, stop).stop for prompt in prompts]
         requests = [
-            Request(prompt, budget, sampling, self._seed + row, stop=StopAt(self.tokenizer, prompt, stop), key=row)
+            Request(prompt, budget, sampling, self._seed + row, stop=ends[row], key=row)
             for row, prompt in enumerate(prompts)
         ]
         engine = Engine(self._layout_model, self._plan, max_batch=len(requests))

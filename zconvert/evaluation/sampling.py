@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from zconvert.checkpoint.load import prompt_ids
+from zconvert.data.chat import asking_ids
 from zconvert.errors import UserError
-from zconvert.evaluation.answers import cut
 from zconvert.evaluation.samples import Key, append, key_of, open_to_append, read_lines, samples_file
 from zconvert.evaluation.tasks import Problem, Task, prompt_text
+from zconvert.serving.text import GrowingText
 from zconvert.tidar.acceptance import Sampling
 from zconvert.tidar.decoding import DecodePlan, Request, Result
 from zconvert.tidar.engine import Engine, run
@@ -21,8 +22,6 @@ from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.settings import TidarSettings
 
 _WARM_UP_TOKENS = 16
-_LOOK_BACK = 8
-"""tokens of the prompt that are decoded along with the text: what a token says depends on those before it"""
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def ask(
     Raises:
         UserError: there is no chat template, or a prompt and its answer are too long for the model.
     """
-    if chat and not getattr(tokenizer, "chat_template", None):
+    if chat and not tokenizer.chat_template:
         raise UserError(
             f"the task {task.name} is asked as a chat, and the tokenizer has no chat template",
             fix="--no-chat asks it as plain text",
@@ -123,11 +122,7 @@ def ask(
     budget = max_new_tokens or task.recipe.max_new_tokens
     prompts = []
     for problem in problems:
-        if chat:
-            told = tokenizer.apply_chat_template(list(problem.messages), add_generation_prompt=True, return_dict=True)
-            ids = [int(token) for token in told["input_ids"]]
-        else:
-            ids = prompt_ids(tokenizer, prompt_text(task, problem))
+        ids = asking_ids(problem.messages, tokenizer) if chat else prompt_ids(tokenizer, prompt_text(task, problem))
         if positions is not None and len(ids) + budget > positions:
             raise UserError(
                 f"problem {problem.id} of the task {task.name} does not fit the model",
@@ -199,10 +194,13 @@ def _sample(
     place = {problem.id: index for index, problem in enumerate(asked.problems)}
     stops = asked.task.recipe.stop
 
+    texts: dict[Key, GrowingText] = {}
+
     def request(key: Key) -> Request:
         prompt = asked.prompts[place[key[0]]]
-        stop = StopAt(tokenizer, prompt, stops) if stops else None
+        texts[key] = GrowingText(tokenizer, prompt, stops)
         number = _seed(seed, asked.task.name, *key)
+        stop = texts[key].stop if stops else None
         return Request(prompt, asked.max_new_tokens, seed=number, stop=stop, key=key)
 
     _warm_up(column, asked.prompts[0])
@@ -212,7 +210,9 @@ def _sample(
         for result in run(engine, map(request, missing)):
             now = time.perf_counter()
             problem = asked.problems[place[result.request.key[0]]]
-            append(file, {**_row(tokenizer, problem, result, stops), "seconds": now - before})
+            text = texts.pop(result.request.key)
+            text.stop(result.tokens)
+            append(file, {**_row(problem, result, text.take(final=True)), "seconds": now - before})
             before = now
             yield
 
@@ -222,9 +222,8 @@ def _warm_up(column: Column, prompt: list[int]) -> None:
         pass
 
 
-def _row(tokenizer: Any, problem: Problem, result: Result, stops: list[str]) -> dict[str, Any]:
+def _row(problem: Problem, result: Result, text: str) -> dict[str, Any]:
     """A line of samples. `seconds`, added to it, is the column's time since the sample before: they sum up to all."""
-    text = cut(text_of(tokenizer, result.request.prompt, result.tokens), stops)
     return {
         "task_id": problem.id,
         "completion": text,
@@ -239,36 +238,3 @@ def _row(tokenizer: Any, problem: Problem, result: Result, stops: list[str]) -> 
 def _seed(seed: int, task: str, problem: str, sample: int) -> int:
     text = f"{seed}\n{task}\n{problem}\n{sample}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
-
-
-def text_of(tokenizer: Any, prompt: list[int], tokens: list[int]) -> str:
-    """What new tokens say behind a prompt: decoded along with its end, since a first space depends on it."""
-    before = _decode(tokenizer, prompt[-_LOOK_BACK:])
-    both = _decode(tokenizer, prompt[-_LOOK_BACK:] + tokens)
-    return both[len(before) :] if both.startswith(before) else _decode(tokenizer, tokens)
-
-
-def _decode(tokenizer: Any, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-class StopAt:
-    """Ends a text where one of some texts is in it; for a `Request`, which asks after each forward."""
-
-    def __init__(self, tokenizer: Any, prompt: list[int], stops: Sequence[str]) -> None:
-        """Takes the prompt since what tokens say depends on those before them."""
-        self._tokenizer, self._prompt, self._stops = tokenizer, prompt[-_LOOK_BACK:], stops
-        self._window = 4 * max(len(stop.encode()) for stop in stops) + _LOOK_BACK
-        self._seen = 0
-
-    def __call__(self, tokens: list[int]) -> int | None:
-        """How many of the new tokens are the text, the one that completes a stop text included; None: go on."""
-        start, first = max(0, self._seen - self._window), self._seen
-        self._seen = len(tokens)
-        if not self._holds(tokens[start:], start):
-            return None
-        return next(count for count in range(first + 1, len(tokens) + 1) if self._holds(tokens[start:count], start))
-
-    def _holds(self, tokens: list[int], start: int) -> bool:
-        text = text_of(self._tokenizer, self._prompt, tokens) if start == 0 else _decode(self._tokenizer, tokens)
-        return any(stop in text for stop in self._stops)

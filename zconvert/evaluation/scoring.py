@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from zconvert.errors import UserError
-from zconvert.evaluation.answers import cut, extract, is_right, loops, require_maths
+from zconvert.evaluation.answers import extract, is_right, loops, require_maths
 from zconvert.evaluation.samples import Sample, read_lines, samples_file, scores_file, write_whole
 from zconvert.evaluation.sandbox import Limits, check_sandbox, run_code
 from zconvert.evaluation.tasks import Problem, Task, fill, program_of
+from zconvert.serving.text import StopStrings
 
 Progress = Callable[[str, str, int, int], None]
 """told after each sample: task, column, samples scored of the column, samples in all of the column"""
@@ -93,7 +94,7 @@ def check_solutions(
     template = task.recipe.solution
     if template is None:
         return None
-    texts = [cut(fill(template, problem.row, problem.id), task.recipe.stop) for problem in problems]
+    texts = [_up_to(task.recipe.stop, fill(template, problem.row, problem.id)) for problem in problems]
     samples = [
         {"task_id": problem.id, "sample": 0, "completion": text, "finish": "eos"}
         for problem, text in zip(problems, texts, strict=True)
@@ -104,6 +105,11 @@ def check_solutions(
         if on_progress is not None:
             on_progress(len(scores), len(samples))
     return scores
+
+
+def _up_to(strings: list[str], text: str) -> str:
+    stops = StopStrings(strings)
+    return stops.add(text) + stops.flush()
 
 
 def _scores(task: Task, problems: dict[str, Problem], samples: list[Sample]) -> Iterator[dict[str, Any]]:

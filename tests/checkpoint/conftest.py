@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.checkpoint.tiny import make_checkpoint
+from tests.environments import make_environment
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +38,9 @@ def tiny_checkpoint(_made_checkpoints: Callable[..., Path], tmp_path: Path) -> C
         return Path(shutil.copytree(source, tmp_path / f"source-{next(counter)}" / model_type))
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def python_of_4_57(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment with transformers 4.57 and torch; it takes minutes to install."""
+    return make_environment(tmp_path_factory.mktemp("old") / "venv", "4.57.*")

@@ -1,15 +1,12 @@
 """Configs as transformers 4 wrote them say the same after the conversion, to transformers 4.57 and to the one here.
 
-In a virtual environment of its own, without torch. Run: `pytest -m slow tests/checkpoint/test_old_transformers.py`
+In a virtual environment of its own. Run: `pytest -m slow tests/checkpoint/test_old_transformers.py`
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-import subprocess
-import sys
-import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +14,12 @@ from typing import Any
 import pytest
 
 from tests.checkpoint.tiny import ROWS
+from tests.environments import HERE, run_in
 from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.source import resolve
 
 pytestmark = pytest.mark.slow
 
-OLD = "4.57.*"
 SCRIPT = """
 import json, sys
 import transformers
@@ -92,38 +89,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def old_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("old") / "venv"
-    venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
-    pip = [str(python), "-m", "pip", "install", "--quiet", f"transformers=={OLD}"]
-    done = subprocess.run(pip, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"pip cannot install transformers {OLD}: {done.stderr.strip().splitlines()[-1:]}")
-    return python
-
-
-def read_by(python: Path | str, *folders: Path) -> tuple[str, list[dict[str, Any]]]:
-    """Version of transformers, and the configurations as it reads them."""
-    arguments = [str(python), "-c", SCRIPT, *map(str, folders)]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout)
-    return answer["version"], answer["configs"]
-
-
 @pytest.mark.parametrize("spare_rows", [4, 0], ids=["spare row", "grown"])
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_a_converted_config_of_transformers_4_is_read_as_the_sources_by_4_57_and_by_5(
-    tiny_checkpoint: Callable[..., Path], tmp_path: Path, old_python: Path, model_type: str, spare_rows: int
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, python_of_4_57: Path, model_type: str, spare_rows: int
 ) -> None:
     source = tiny_checkpoint(model_type, spare_rows=spare_rows)
     (source / "config.json").write_text(json.dumps(CONFIGS[model_type], indent=2) + "\n")
     convert_init(resolve(source), tmp_path / "converted", block_size=4)
 
-    for python, expected in ((old_python, OLD[:-1]), (sys.executable, importlib.metadata.version("transformers"))):
-        version, (before, after) = read_by(python, source, tmp_path / "converted")
+    for python, expected in ((python_of_4_57, "4.57."), (HERE, importlib.metadata.version("transformers"))):
+        answer = run_in(python, SCRIPT, source, tmp_path / "converted", home=tmp_path)
+        version, (before, after) = answer["version"], answer["configs"]
         assert version.startswith(expected)
         assert after.pop("tidar")["mask_token_id"] == ROWS - spare_rows
         assert "tidar" not in before

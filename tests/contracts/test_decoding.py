@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,9 +28,11 @@ def run(
     sampling: Sampling | None = None,
     eos: frozenset[int] = frozenset(),
     seed: int = 0,
+    draft_temperature: float = 1.0,
     **plan: Any,
 ) -> list[Step]:
     decoding = DecodePlan.tidar(SETTINGS, sampling or Sampling(), eos, **plan)
+    decoding = replace(decoding, draft_temperature=draft_temperature)
     return list(decode(pair.layout, prompt, decoding, new_tokens, torch.Generator().manual_seed(seed)))
 
 

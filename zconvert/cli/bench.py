@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from zconvert.checkpoint.source import Source, require_converted, resolve
 from zconvert.cli import options
-from zconvert.cli.ui import err, out, print_json
+from zconvert.cli.ui import err, out, print_json, progress
 from zconvert.errors import UserError
 from zconvert.tidar.settings import TidarSettings
 
@@ -119,17 +118,17 @@ def command(
 
     modes = [str(each) for each in mode or [options.Mode.SINGLE]]
     batches, times = batch_size or [1], None
-    with _progress() as progress:
+    with progress() as bars:
         if "auto" in modes or tune:
-            timing = progress.add_task("Timing forwards", total=None)
+            timing = bars.add_task("Timing forwards", total=None)
             times = times_of(
                 layout_model_of(model),
                 settings,
                 max(batches),
                 source.folder,
-                on_progress=lambda done, total: progress.update(timing, completed=done, total=total),
+                on_progress=lambda done, total: bars.update(timing, completed=done, total=total),
             )
-        task = progress.add_task("Decoding", total=len(texts))
+        task = bars.add_task("Decoding", total=len(texts))
         rivals = {"stock": stock, "prompt_lookup": prompt_lookup, "assisted": assistant is not None}
         measured = bench(
             layout_model_of(model),
@@ -152,7 +151,7 @@ def command(
             times=times,
             baseline=None if plain is None else LayoutModel(plain),
             assistant=helper,
-            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+            on_progress=lambda done, total: bars.update(task, completed=done, total=total),
         )
     document = {"checkpoint": source.name, "revision": source.revision, "baseline": baseline, **measured}
     if tune:
@@ -374,15 +373,3 @@ def _load(source: Source, dtype: str, device: str, threads: int | None) -> tuple
     if threads is not None:
         torch.set_num_threads(threads)
     return load_model(source, dtype=dtype, device=device)
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-    )

@@ -22,6 +22,22 @@ from zconvert.tidar.engine import Engine
 from zconvert.tidar.model import LayoutModel
 
 
+def require_template(tokenizer: Any) -> None:
+    """Refuses a checkpoint that no conversation can be written for.
+
+    Raises:
+        UserError: its tokenizer has no chat template.
+    """
+    try:
+        template_of(tokenizer, None)
+    except UserError as error:
+        raise UserError(
+            "this checkpoint cannot chat: it has no chat template",
+            expected="chat_template.jinja beside its tokenizer",
+            fix="generate from a plain prompt, or take a checkpoint that was trained on conversations",
+        ) from error
+
+
 @dataclass
 class Chat:
     """A conversation with a checkpoint.
@@ -49,17 +65,6 @@ class Chat:
     answers: int = 0
     tokens: int = 0
     forwards: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuses a tokenizer without a template."""
-        try:
-            template_of(self.tokenizer, None)
-        except UserError as error:
-            raise UserError(
-                "this checkpoint cannot chat: it has no chat template",
-                expected="chat_template.jinja beside its tokenizer",
-                fix="generate from a plain prompt, or take a checkpoint that was trained on conversations",
-            ) from error
 
     def talk(self) -> None:
         """Answers what is read from stdin, line by line, until its end or /quit."""

@@ -96,16 +96,15 @@ def command(
     """Write a folder to hand on, or push it: weights, tokenizer, model card, and the code for trust_remote_code."""
     pushing = {"--private": private, "--create-pr": create_pr, "--force": force, "--dry-run": dry_run}
     pushing["--commit-message"] = commit_message is not None
-    _check_usage(output, hub, check, merge, pushing, create_pr and revision is not None)
+    shaping = {"--results": results is not None, "--dtype": dtype is not options.Dtype.AUTO}
+    shaping["--max-shard-size"] = max_shard_size is not None
+    _check_usage(output, hub, check, merge, pushing, shaping)
+    if create_pr and revision is not None:
+        raise typer.BadParameter("a pull request is against main: leave --revision out", param_hint="--create-pr")
     if check is not None:
         _check(resolve(checkpoint, revision=revision, token=token, weights=False), check, as_json)
         return
     if merge:
-        if results is not None or max_shard_size is not None or dtype is not options.Dtype.AUTO:
-            raise typer.BadParameter(
-                "the source is written as it was: leave --results, --dtype and --max-shard-size out",
-                param_hint="--merge-to-ar",
-            )
         assert output is not None
         _merge(resolve(checkpoint, revision=revision, token=token), output, as_json)
         return
@@ -127,22 +126,30 @@ def command(
 
 
 def _check_usage(
-    output: Path | None, hub: str | None, check: object, merge: bool, pushing: dict[str, bool], two_places: bool
+    output: Path | None,
+    hub: str | None,
+    check: object,
+    merge: bool,
+    pushing: dict[str, bool],
+    shaping: dict[str, bool],
 ) -> None:
-    asked = {"--out": output is not None, "--hub": hub is not None, "--check": check is not None}
-    given = [name for name, there in asked.items() if there]
-    if len(given) != 1:
-        found = "missing" if not given else f"{' and '.join(given)} were given"
+    """One thing is to be done, and only with the options that belong to it."""
+
+    def given(asked: dict[str, bool]) -> list[str]:
+        return [name for name, there in asked.items() if there]
+
+    places = given({"--out": output is not None, "--hub": hub is not None, "--check": check is not None})
+    if len(places) != 1:
+        found = f"{' and '.join(places)} were given" if places else "missing"
         raise typer.BadParameter(f"{found}: one of them says what to do", param_hint="--out, --hub or --check")
     if merge and output is None:
         raise typer.BadParameter("it writes a folder: say which with --out", param_hint="--merge-to-ar")
-    alone = [name for name, there in pushing.items() if there]
-    if alone and hub is None:
-        raise typer.BadParameter("it goes with --hub", param_hint=alone[0])
+    if given(pushing) and hub is None:
+        raise typer.BadParameter("it goes with --hub", param_hint=given(pushing)[0])
+    if given(shaping) and (merge or check is not None):
+        raise typer.BadParameter("nothing is exported with --merge-to-ar or --check", param_hint=given(shaping)[0])
     if hub is not None and hub.count("/") != 1:
         raise typer.BadParameter(f"{hub!r} is no repository, such as org/name", param_hint="--hub")
-    if hub is not None and two_places:
-        raise typer.BadParameter("a pull request is against main: leave --revision out", param_hint="--create-pr")
 
 
 def _read_results(path: Path | None) -> dict[str, Any] | None:

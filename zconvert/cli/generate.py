@@ -11,7 +11,7 @@ import typer
 from rich.text import Text
 
 from zconvert.checkpoint.anatomy import context_of
-from zconvert.checkpoint.load import end_token_ids, load_model, prompt_ids
+from zconvert.checkpoint.load import end_token_ids, load_model, load_tokenizer, prompt_ids
 from zconvert.checkpoint.source import read_config, require_converted, resolve
 from zconvert.cli import options
 from zconvert.cli.streaming import Tally, plural, safe, show_blocks, show_nothing, show_plain, write
@@ -82,13 +82,15 @@ def command(
             min_p=min_p,
             repetition_penalty=repetition_penalty,
         )
-        from zconvert.cli.chat import Chat
+        from zconvert.cli.chat import Chat, require_template
         from zconvert.serving.batch import Settings, read_rows, rows_done, write_texts
         from zconvert.serving.text import GrowingText
         from zconvert.tidar.decoding import Request
         from zconvert.tidar.engine import Engine
         from zconvert.tidar.generate import layout_model_of
 
+        if chat:
+            require_template(load_tokenizer(source))
         rows = [] if prompts is None else read_rows(prompts)
         done = set() if output is None else rows_done(output, rows)
         model, tokenizer = load_model(source, dtype=str(dtype), device=str(device))

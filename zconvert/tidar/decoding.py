@@ -27,6 +27,8 @@ class DecodePlan:
     """drafts are made and verified in forwards of their own, in turn: fewer tokens in a forward, twice the forwards"""
     bigrams: bool = True
     """drafts are chosen from left to right with the checkpoint's bigrams, where it has them"""
+    draft_temperature: float = 0.5
+    """of the temperature: drafts nearer to the likeliest tokens are accepted more often (docs/log.md)"""
 
     @classmethod
     def tidar(

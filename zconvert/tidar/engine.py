@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -369,7 +369,8 @@ class Engine:
             uniform = None if sampling.greedy else self._uniform(group, most)
             bigrams = self._model.bigrams if self.plan.bigrams else None
             previous = torch.tensor([row.next_token for row in group], device=hidden.device)
-            batch = _Drafted(group, make_drafts(logits, number, sampling, uniform, bigrams, previous))
+            own = replace(sampling, temperature=sampling.temperature * self.plan.draft_temperature)
+            batch = _Drafted(group, make_drafts(logits, number, own, uniform, bigrams, previous))
             for place_in_batch, (row, index) in enumerate(zip(group, members, strict=True)):
                 row.drafted, row.num_drafts = (batch, place_in_batch), wanted[index]
                 row.first_slot = self.plan.block_size - counts[index]  # a block's last slots are the ones left

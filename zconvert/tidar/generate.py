@@ -232,10 +232,10 @@ def _own_file(config: Any, file: str) -> str | None:
     if os.path.isdir(name):
         path = os.path.join(name, file)
         return path if os.path.exists(path) else None
-    if not isinstance(getattr(config.get_text_config(), "tidar", None), dict):
+    if not name or not isinstance(getattr(config.get_text_config(), "tidar", None), dict):
         return None  # no checkpoint of ours: nothing is asked of the Hub
     options: dict[str, Any] = {"revision": config._commit_hash, "_raise_exceptions_for_missing_entries": False}
-    return cached_file(name, file, **options) if name else None
+    return cached_file(name, file, **options)
 
 
 def token_ids(value: int | list[int] | Tensor | None) -> frozenset[int]:

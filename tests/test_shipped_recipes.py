@@ -133,7 +133,7 @@ def test_a_name_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) ->
     assert "zaya1-8b" in result.output
 
 
-def test_the_wheel_holds_every_recipe(tmp_path: Path) -> None:
+def test_the_wheel_holds_every_recipe_and_every_task(tmp_path: Path) -> None:
     for name in ("zconvert", "recipes"):
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -144,3 +144,5 @@ def test_the_wheel_holds_every_recipe(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     shipped = [*FILES, *RECIPES.glob("*/*.jinja")]
     assert {f"zconvert/recipes/{path.parent.name}/{path.name}" for path in shipped} <= names
+    tasks = ROOT / "zconvert" / "evaluation" / "tasks"
+    assert {f"zconvert/evaluation/tasks/{path.name}" for path in tasks.glob("*.yaml")} <= names

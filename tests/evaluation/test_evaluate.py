@@ -185,6 +185,20 @@ def test_an_interrupted_run_goes_on_where_it_was(
         }
 
 
+def test_columns_take_turns(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_BATCHES_IN_A_TURN", 2)
+    written: list[str] = []
+    append = sampling.append
+
+    def told(file: Any, sample: dict[str, Any]) -> None:
+        written.append(Path(file.name).stem)
+        append(file, sample)
+
+    monkeypatch.setattr(sampling, "append", told)
+    evaluated(folder, tmp_path / "out", "--batch-size", 1)
+    assert written == ["ar", "ar", "lossless", "lossless", "ar", "lossless"]
+
+
 def test_more_samples_problems_and_samplers_are_added_to_what_is_there(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     evaluated(folder, out, "--limit", 2, "--n", 2, "--samplers", "ar")

@@ -77,7 +77,7 @@ def faults(results: Mapping[str, Any], task: str) -> list[str]:
     found = []
     for name, entry in results["tasks"][task]["columns"].items():
         shares = (("cut_off", "cut off by the length"), ("without_answer", "no answer found"), ("looping", "looping"))
-        told = [f"{entry[key]:.1%} {words}" for key, words in shares if entry[key]]
+        told = [f"{entry[key]:.1%} {words}" for key, words in shares if entry[key] >= 0.0005]  # shown as 0.1 %
         if told:
             found.append(f"{column_label(name, results)}: {', '.join(told)}")
     return found
@@ -157,7 +157,7 @@ def _intro(results: Mapping[str, Any]) -> str:
     text = (
         f"{results['n']} samples a problem at temperature {results['temperature']:g}. Intervals are 95 %, over "
         f"problems. {against} Speed: {results['batch_size']} texts at a time, {results['dtype']} on "
-        f"{results['device_name']}, {results['threads']} threads."
+        f"{results['device_name']}, CPU threads: {results['threads']}."
     )
     return f"<p>{html.escape(text)}</p>"
 

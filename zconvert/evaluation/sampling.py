@@ -22,6 +22,8 @@ from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.settings import TidarSettings
 
 _WARM_UP_TOKENS = 16
+_BATCHES_IN_A_TURN = 16
+"""texts that a column decodes at a stretch, in batches: at its end the batch runs empty, which is to cost little"""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ def make_samples(
 ) -> None:
     """Makes the samples that are still missing; each is in its file as soon as its text ends.
 
+    The columns take turns, so that whatever else the machine does hits all of them alike.
+
     Args:
         folder: of the evaluation.
         asked: from `ask`.
@@ -164,13 +168,15 @@ def make_samples(
     wanted = {i: [(p.id, s) for p in one.problems for s in range(n)] for i, one in enumerate(asked)}
     total = sum(map(len, wanted.values())) * len(columns)
     made = sum(len(done[i, j] & set(wanted[i])) for i, j in done)
+    turn = _BATCHES_IN_A_TURN * batch_size
     for i, one in enumerate(asked):
-        for j, column in enumerate(columns):
-            missing = [key for key in wanted[i] if key not in done[i, j]]
-            for _ in _sample(folder, one, column, tokenizer, missing, seed, batch_size):
-                made += 1
-                if on_progress is not None:
-                    on_progress(Progress(one.task.name, column.name, made, total))
+        missing = [[key for key in wanted[i] if key not in done[i, j]] for j in range(len(columns))]
+        for start in range(0, max(map(len, missing)), turn):
+            for column, keys in zip(columns, missing, strict=True):
+                for _ in _sample(folder, one, column, tokenizer, keys[start : start + turn], seed, batch_size):
+                    made += 1
+                    if on_progress is not None:
+                        on_progress(Progress(one.task.name, column.name, made, total))
 
 
 def _done(folder: Path, asked: Asked, column: str) -> set[Key]:

@@ -95,10 +95,21 @@ def test_the_same_answers_are_no_difference_where_the_problems_are_many() -> Non
     assert difference([], [], margin=0.02).verdict == "too few samples to tell"
 
 
-def test_as_many_problems_as_are_asked_for_do_tell() -> None:
-    rng = np.random.default_rng(3)
-    few = difference(*draw_pair(rng, 60, 4, 0.0), margin=0.02)
+def test_the_problems_that_are_needed_go_by_the_difference_that_there_seems_to_be() -> None:
+    values = list(np.random.default_rng(1).normal(0.0, 0.1, 60))
+    centred = [value - sum(values) / 60 for value in values]
+    near_0, between, clear = (
+        difference([value + mean for value in centred], [0.0] * 60, margin=0.02) for mean in (0, 0.01, 0.02)
+    )
+    assert near_0.problems_needed == pytest.approx(clear.problems_needed, rel=0.05)
+    assert between.problems_needed == pytest.approx(4 * clear.problems_needed, rel=0.05)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_as_many_problems_as_are_asked_for_do_tell_if_they_go_like_those_before(seed: int) -> None:
+    own, other = draw_pair(np.random.default_rng(seed), 60, 4, 0.0)
+    few = difference(own, other, margin=0.02)
     assert few.verdict == "too few samples to tell"
     assert few.problems_needed is not None
-    enough = difference(*draw_pair(rng, round(1.5 * few.problems_needed), 4, 0.0), margin=0.02)
-    assert enough.verdict == "no difference found"
+    times = -(-few.problems_needed // 60) + 1
+    assert difference(own * times, other * times, margin=0.02).verdict != few.verdict

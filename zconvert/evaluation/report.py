@@ -66,8 +66,7 @@ def sentences(results: Mapping[str, Any], task: str) -> list[str]:
                 f"({first} {100 * told['mean']:+.1f} points, {low:+.1f} to {high:+.1f})"
             )
             if told["problems_needed"] is not None:
-                points = 100 * results["margin"]
-                text += f"; about {told['problems_needed']:,} problems would tell {points:g} points"
+                text += f"; about {told['problems_needed']:,} such problems would tell"
             found.append(text)
     return found
 

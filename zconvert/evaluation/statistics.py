@@ -96,7 +96,7 @@ class Difference:
     interval: Interval
     verdict: Literal["no difference found", "better", "worse", "too few samples to tell"]
     problems_needed: int | None
-    """that would tell a difference of the margin, where there are too few; of the same kind, with as many samples"""
+    """of the same kind, with as many samples, that would tell if the difference is what it looks like; None: enough"""
 
     def to_dict(self) -> dict[str, Any]:
         """For results.json."""
@@ -132,17 +132,19 @@ def difference(own: Sequence[float], other: Sequence[float], *, margin: float, s
         verdict = "no difference found"
     else:
         verdict = "too few samples to tell"
-        needed = _problems_needed(len(paired), (high - low) / 2, margin, alike=low == -high and mean == 0)
+        # It would leave 0 out, or stay within the margin, whichever is nearer, if the difference is what it looks like.
+        wanted = min(margin, max(abs(mean), margin - abs(mean)))
+        needed = _problems_needed(len(paired), (high - low) / 2, wanted, alike=low == -high and mean == 0)
     return Difference(mean, (low, high), verdict, needed)  # type: ignore[arg-type]  # one of the four
 
 
-def _problems_needed(count: int, half_width: float, margin: float, *, alike: bool) -> int | None:
-    """Problems at which the interval would be as wide as the margin to each side; None where there is nothing to go by.
+def _problems_needed(count: int, half_width: float, wanted: float, *, alike: bool) -> int | None:
+    """Problems at which an interval would be so narrow; None where there is nothing to go by.
 
     >>> _problems_needed(100, 0.04, 0.02, alike=False)
     400
     """
     if count == 0:
         return None
-    wanted = 3 / margin if alike else count * (half_width / margin) ** 2
-    return max(count + 1, math.ceil(wanted - 1e-9))
+    needed = 3 / wanted if alike else count * (half_width / wanted) ** 2
+    return max(count + 1, math.ceil(needed - 1e-9))

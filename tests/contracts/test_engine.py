@@ -290,3 +290,17 @@ def test_sampled_continuations_of_a_trained_model_are_distributed_as_those_of_pl
     statistic = ((table - expected) ** 2 / expected).sum()
     freedom = torch.tensor((table.shape[1] - 1) / 2, dtype=torch.double)
     assert float(torch.special.gammaincc(freedom, statistic / 2)) > 1e-3
+
+
+def test_clean_columns_never_hold_the_mask_token_which_may_have_no_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, own = [], Engine._forward
+
+    def spied(engine: Engine, causal: torch.Tensor, blocks: Any) -> torch.Tensor:
+        seen.append(causal)
+        return own(engine, causal, blocks)
+
+    monkeypatch.setattr(Engine, "_forward", spied)
+    engine = Engine(trained_pair("mixtral").layout, PLANS["some proposals"], max_batch=4)
+    list(run(engine, [Request(list(range(2 + i)), 9 + 5 * i, key=i) for i in range(4)]))
+    assert any(causal.shape[0] > 1 and causal.shape[1] > 1 for causal in seen)
+    assert all((causal != MASK).all() for causal in seen)

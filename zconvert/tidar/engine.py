@@ -281,11 +281,11 @@ class Engine:
         return self._model.hidden_states(torch.cat([causal, slots], dim=1), layout, self._cache)
 
     def _causal(self, rows: list[_Row], width: int) -> Tensor:
-        """(R, 1 + width): each row's next token and its drafts, filled up with mask tokens."""
+        """(R, 1 + width): each row's next token and its drafts, filled up with the next token."""
         following = torch.tensor([[row.next_token] for row in rows], device=self._model.device)
         if width == 0:
             return following
-        drafts = following.new_full((len(rows), width), self.plan.mask_token_id)
+        drafts = following.repeat(1, width)  # as filling the mask token would not do: a virtual one has no embedding
         for batch, members, places in _batches(rows):
             if batch is not None:
                 count = min(width, batch.drafts.tokens.shape[1])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from zconvert.checkpoint.folder import writing
+from zconvert.checkpoint.folder import write_file
 from zconvert.errors import UserError
 
 PAGE = "report.html"
@@ -78,15 +78,7 @@ def write_page(folder: Path, title: str, images: Mapping[str, bytes], *, above: 
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>{above}{pictures}{below}</body></html>\n"
     )
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, image in images.items():
-            _place(folder / f"{name}.png", image)
-        _place(folder / PAGE, text.encode())
+    for name, image in images.items():
+        write_file(folder / f"{name}.png", image)
+    write_file(folder / PAGE, text)
     return folder / PAGE
-
-
-def _place(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Literal
 
+from zconvert.checkpoint.lock import held
 from zconvert.errors import UserError
 
 _FICLONE = 0x40049409  # ioctl of Linux: share the extents of another file until one of the two is written to
@@ -48,7 +49,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     """Makes a folder that appears under its name only when everything in it is written.
 
     The body gets a temporary folder beside `out`; it is flushed to disk and renamed at the end, or removed when the
-    body fails or is interrupted.
+    body fails or is interrupted. `out` is held meanwhile, and what a killed process left of it is removed.
 
     Args:
         out: the folder to make; it must not exist, and its missing parents are made.
@@ -57,7 +58,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         the temporary folder.
 
     Raises:
-        UserError: `out` exists, or cannot be written (no space, no permission, ...).
+        UserError: `out` exists, is being made by another process, or cannot be written (no space, no permission, …).
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as work:
@@ -68,27 +69,49 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     refuse_existing(out)
     made_parents: list[Path] = []
-    temporary: Path | None = None
+    temporary = out.parent / f".{out.name[:200]}.partial-{secrets.token_hex(4)}"
     try:
         made_parents = _make_parents(out.parent)
-        temporary = out.parent / f".{out.name[:200]}.partial-{secrets.token_hex(4)}"
-        temporary.mkdir()
-        yield temporary
-        _flush(temporary)
-        refuse_existing(out)  # rename would silently take the place of an empty folder that came meanwhile
-        temporary.rename(out)
-        flush(out.parent)
+        with held(out) as alone:
+            refuse_existing(out)  # another process may just have finished it
+            if alone:
+                _remove_leftovers(out)
+            temporary.mkdir()
+            yield temporary
+            _flush(temporary)
+            refuse_existing(out)  # rename would silently take the place of an empty folder that came meanwhile
+            temporary.rename(out)
+            flush(out.parent)
     except BaseException as error:
         # Measured before the removal: afterwards the disk is no longer full.
-        refusal = _as_user_error(error, out)
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        refusal = _as_user_error(error, out, temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
         for parent in reversed(made_parents):
-            with contextlib.suppress(OSError):  # something else is in it by now
-                parent.rmdir()
+            _remove_if_empty(parent)
         if refusal is not None:
             raise refusal from error
         raise
+
+
+@contextlib.contextmanager
+def own_folder(folder: Path) -> Iterator[None]:
+    """Holds a folder that grows while a command writes to it, and makes it where it is missing.
+
+    Raises:
+        UserError: another process writes to it, or it cannot be made.
+    """
+    with contextlib.ExitStack() as stack:
+        with writing(folder):
+            if not folder.exists():
+                stack.callback(_remove_if_empty, folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(folder))
+        yield
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -100,6 +123,31 @@ def writing(out: Path) -> Iterator[None]:
         refusal = _as_user_error(error, out)
         assert refusal is not None
         raise refusal from error
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Puts a file at `path` that is there whole: what stood there stays until the new one is on disk.
+
+    Args:
+        path: of the file; missing folders are made.
+        content: bytes, or text for UTF-8.
+
+    Raises:
+        UserError: it cannot be written; what stood there is as it was.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
 
 
 def place(src: Path, dst: Path) -> Placed:
@@ -217,6 +265,14 @@ def refuse_existing(out: Path) -> None:
         )
 
 
+def _remove_leftovers(out: Path) -> None:
+    """Removes what killed processes left of `out`; the caller holds it, so that nobody is at work there."""
+    leftover = re.compile(re.escape(f".{out.name[:200]}.partial-") + "[0-9a-f]{8}")
+    for path in out.parent.iterdir():
+        if leftover.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def _make_parents(folder: Path) -> list[Path]:
     """Makes a folder and its missing parents; returns those made, outermost first."""
     missing: list[Path] = []
@@ -272,7 +328,7 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def _as_user_error(error: BaseException, out: Path) -> UserError | None:
+def _as_user_error(error: BaseException, out: Path, begun: Path | None = None) -> UserError | None:
     """What a failed write means to the user, or None where it is no matter of files and disks."""
     if isinstance(error, OSError):
         number, message = error.errno, error.strerror or str(error)
@@ -286,7 +342,12 @@ def _as_user_error(error: BaseException, out: Path) -> UserError | None:
         what = f"{out} cannot be written: the disk is full"
     free = free_space(out)
     room = "unknown space" if free is None else f"{free / 1e9:.3g} GB"
-    return UserError(what, found=f"{message} ({room} free)", fix=_FIXES.get(number or 0, "check the disk"))
+    room += " free" if begun is None or not begun.exists() else f" free, {_size(begun) / 1e9:.3g} GB of it written"
+    return UserError(what, found=f"{message} ({room})", fix=_FIXES.get(number or 0, "check the disk"))
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def free_space(out: Path) -> int | None:

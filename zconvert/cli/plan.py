@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from zconvert.checkpoint.folder import write_file
 from zconvert.cli import options
 from zconvert.cli.ui import err, out, print_json
 from zconvert.errors import UserError
@@ -131,7 +132,7 @@ def command(
         document["explain"] = [explain(facts, device, curve, cell) for cell in chosen]
     if heatmap is not None:
         title = f"{facts.name} on {device.gpus} × {machine.name}"
-        _write(heatmap, heat_map(cells, title, [*document["summary"], f"Acceptance: {curve.source}."]))
+        write_file(heatmap, heat_map(cells, title, [*document["summary"], f"Acceptance: {curve.source}."]))
     if as_json:
         print_json(document)
     else:
@@ -254,15 +255,6 @@ def _cell_of(text: str) -> tuple[int, int]:
     if set(values) != {"batch", "context"} or min(values.values()) < 1:
         raise typer.BadParameter(f"{text!r} is not like batch=8,context=32768", param_hint="--explain")
     return values["batch"], values["context"]
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written", found=error.strerror, fix="check the folder") from None
 
 
 def show(document: dict[str, Any], cells: list[Cell]) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from zconvert.checkpoint.folder import writing
+from zconvert.checkpoint.folder import write_file, writing
 from zconvert.errors import UserError
 
 SETTINGS_FILE = "settings.json"
@@ -85,26 +85,19 @@ def open_to_append(path: Path) -> IO[str]:
 
 def append(file: IO[str], sample: Sample) -> None:
     """Adds a sample; it is in the file when this returns."""
-    file.write(json.dumps(sample, ensure_ascii=False) + "\n")
-    file.flush()
+    with writing(Path(file.name)):
+        file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+        file.flush()
 
 
 def write_whole(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes a JSONL file that appears whole."""
-    _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Writes a JSON file that appears whole."""
-    _replace(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+    write_file(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zconvert.checkpoint.folder import write_file
 from zconvert.checkpoint.rope import RopeChange, config_changes, extended, original_length
 from zconvert.checkpoint.source import Source, read_config
 from zconvert.data.documents import Documents
@@ -24,7 +25,7 @@ from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.settings import TidarSettings
 from zconvert.training.evaluating import evaluating
 from zconvert.training.loss import cross_entropy_sum
-from zconvert.training.observers import is_main_process, write_json
+from zconvert.training.observers import is_main_process
 
 CONTEXT_FILE = "context.json"
 """in a run's folder: losses by position, before and after"""
@@ -120,7 +121,7 @@ class ContextExtension:
 
     def _write(self, document: dict[str, Any]) -> None:
         if is_main_process():
-            write_json(self.run_dir / CONTEXT_FILE, document)
+            write_file(self.run_dir / CONTEXT_FILE, json.dumps(document) + "\n")
 
 
 def prefer_long(documents: Documents, longer_than: int, share: float, seed: int) -> Documents:

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from zconvert.checkpoint.folder import writing
+from zconvert.checkpoint.folder import write_file, writing
 from zconvert.data.packing import Batch, PackedRows
 from zconvert.errors import UserError
 from zconvert.recipe import TrainingRecipe
@@ -402,10 +402,8 @@ class Trainer:
                         kept.append(line)
                 except (ValueError, KeyError, TypeError):
                     break  # a line half-written when the power went: it and what follows will be written again
-        partial = path.with_suffix(".jsonl.partial")
+        write_file(path, "".join(line + "\n" for line in kept))
         with writing(path):
-            partial.write_text("".join(line + "\n" for line in kept))
-            partial.replace(path)
             # Unbuffered: every row is there as soon as it is told of, and a full disk is noticed at its row.
             file = path.open("ab", buffering=0)
         with file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor
 
 from zconvert.checkpoint.anatomy import router_of
+from zconvert.checkpoint.folder import write_file
 from zconvert.data.packing import Batch
 from zconvert.recipe.watching import MoeSection
 from zconvert.tidar.layout import packed_layout
 from zconvert.tidar.model import LayoutModel
 from zconvert.training.balancing import DEFAULT_RATE, BiasBalancer
 from zconvert.training.evaluating import evaluating
-from zconvert.training.observers import Observer, is_main_process, summed, write_json
+from zconvert.training.observers import Observer, is_main_process, summed
 from zconvert.training.routing import (
     KINDS,
     RouterWatch,
@@ -104,7 +106,7 @@ class MoeObserver(Observer):
         self._warn(told, trainer.step)
         self._counts, self._aux, self._drift = [], [0.0, 0.0], {}
         if is_main_process():
-            write_json(trainer.run_dir / ROUTING_FILE, loads)
+            write_file(trainer.run_dir / ROUTING_FILE, json.dumps(loads) + "\n")
         return {"moe": told}
 
     def state_dict(self) -> dict[str, Any]:

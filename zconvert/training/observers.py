@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-
-from zconvert.checkpoint.folder import writing
 
 if TYPE_CHECKING:
     from zconvert.training.loop import Trainer
@@ -48,18 +44,6 @@ def summed(counts: Tensor) -> Tensor:
     if _distributed():
         torch.distributed.all_reduce(counts)
     return counts
-
-
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Writes a document under its name at once.
-
-    Raises:
-        UserError: the disk is full or not writable; what stood there is as it was.
-    """
-    partial = path.with_name(path.name + ".partial")
-    with writing(path):
-        partial.write_text(json.dumps(document) + "\n")
-        partial.replace(path)
 
 
 def _distributed() -> bool:

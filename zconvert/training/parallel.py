@@ -274,20 +274,20 @@ class Parallel:
         """Does something in every process, and returns what came of it by rank.
 
         Raises:
-            OSError: it failed in this or in another process; the same in all.
+            OSError, UserError: it failed in this or in another process; the same in all.
         """
         if self.world == 1:
             return [action()]
-        error: str | None = None
+        error: Exception | None = None
         result: Any = None
         try:
             result = action()
-        except OSError as failure:
-            error = str(failure)
+        except (OSError, UserError) as failure:
+            error = failure
         results = self.gather((result, error))
         for _, problem in results:
             if problem is not None:
-                raise OSError(problem)
+                raise problem
         return [value for value, _ in results]
 
     def gathered(self, tensor: Tensor) -> Tensor:

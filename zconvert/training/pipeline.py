@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import zconvert
-from zconvert.checkpoint.folder import writing
+from zconvert.checkpoint.folder import write_file
 from zconvert.checkpoint.source import RUN_CHECKPOINT, resolve
 from zconvert.errors import UserError
 from zconvert.recipe import Recipe
@@ -99,11 +99,7 @@ def run_pipeline(
             if status == "complete":
                 continue
             return
-        with writing(stage.record):
-            stage.record.parent.mkdir(parents=True, exist_ok=True)
-            partial = stage.record.with_name(stage.record.name + ".partial")
-            partial.write_text(json.dumps(inputs, indent=2) + "\n")
-            partial.replace(stage.record)
+        write_file(stage.record, json.dumps(inputs, indent=2) + "\n")
         if status != "complete":
             stage.run()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
@@ -12,9 +13,9 @@ from typing import Any
 
 import torch
 
-from zconvert.checkpoint.folder import writing
+from zconvert.checkpoint.folder import own_folder, write_file
 from zconvert.checkpoint.load import end_token_ids, load_model, load_tokenizer
-from zconvert.checkpoint.source import Source, fingerprint, require_converted, resolve
+from zconvert.checkpoint.source import RUN_CHECKPOINT, Source, fingerprint, require_converted, resolve
 from zconvert.checkpoint.weights import pieces_on_disk, save_gated, save_trained
 from zconvert.data.documents import Documents
 from zconvert.data.loading import first_example, load_documents, load_stream, read_template
@@ -34,6 +35,7 @@ from zconvert.training.quantised import pack
 from zconvert.training.trackers import Trackers
 from zconvert.training.watching import observers_of
 
+RECIPE_FILE = "recipe.yaml"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 """transformers reads it before what tokenizer_config.json says"""
 
@@ -50,18 +52,21 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress, observers: Sequence[O
         The new checkpoint's folder, `output_dir/checkpoint`.
 
     Raises:
-        UserError: bad input; nothing is half-written.
+        UserError: bad input, or another process writes to `output_dir`; nothing is half-written.
         Interrupted: a signal came; the same call continues.
     """
     parallel = Parallel(recipe.parallel)
-    report = on_progress if parallel.first else _say_nothing
     run_dir = Path(recipe.output_dir)
-    final = run_dir / "checkpoint"
-    if final.exists():
-        raise UserError(
-            f"{final} exists already: this run is complete",
-            fix="choose another output_dir, or remove that folder to train anew or further",
-        )
+    _refuse_output(run_dir)
+    with contextlib.ExitStack() as stack:
+        parallel.together(lambda: stack.enter_context(own_folder(run_dir)) if parallel.first else None)
+        return _train(recipe, on_progress if parallel.first else _say_nothing, observers, parallel)
+
+
+def _train(recipe: TrainingRecipe, report: OnProgress, observers: Sequence[Observer], parallel: Parallel) -> Path:
+    """Does it in a folder that is held for this run."""
+    run_dir = Path(recipe.output_dir)
+    final = run_dir / RUN_CHECKPOINT
     trackers = Trackers(recipe)
     source = resolve(recipe.base_model, revision=recipe.revision)
     settings = require_converted(source)
@@ -79,7 +84,7 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress, observers: Sequence[O
         source = extension.source
     model, tokenizer = _load(source, settings, recipe, parallel, report)
     if parallel.first:
-        _write_recipe(run_dir, recipe)
+        write_file(run_dir / RECIPE_FILE, dump_recipe(recipe))
     documents = _documents(recipe, source, settings, model, tokenizer, extension, report)
     rows = _read_rows(documents(), recipe, tokenizer, parallel)
 
@@ -240,7 +245,7 @@ def _report_before(extension: ContextExtension, recipe: TrainingRecipe, parallel
     measured_on = ", ".join(dataset.label for dataset in recipe.evaluation.datasets or recipe.datasets)
     documents = _measured_documents(recipe, tokenizer)
     if parallel.first:
-        _write_recipe(Path(recipe.output_dir), recipe)
+        write_file(Path(recipe.output_dir) / RECIPE_FILE, dump_recipe(recipe))
     made = parallel.layout_model(model, gated=False)
     parallel.alone(made, lambda: extension.report_before(lambda: made, documents, measured_on))
 
@@ -290,14 +295,15 @@ def _require_gated(source: Source, settings: TidarSettings) -> None:
         )
 
 
-def _write_recipe(run_dir: Path, recipe: TrainingRecipe) -> None:
-    """Puts the recipe, every setting written out, into the run's folder."""
+def _refuse_output(run_dir: Path) -> None:
+    """Refuses an output_dir that nothing can or may be added to."""
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(
             f"output_dir {run_dir} is a file", expected="a folder, new or of this run", fix="choose another name"
         )
-    with writing(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        partial = run_dir / "recipe.yaml.partial"
-        partial.write_text(dump_recipe(recipe))
-        partial.replace(run_dir / "recipe.yaml")
+    final = run_dir / RUN_CHECKPOINT
+    if final.exists():
+        raise UserError(
+            f"{final} exists already: this run is complete",
+            fix="choose another output_dir, or remove that folder to train anew or further",
+        )

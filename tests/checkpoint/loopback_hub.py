@@ -8,6 +8,7 @@ import json
 import socket
 import struct
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -34,6 +35,16 @@ class LoopbackHub:
     """file name -> the ranges that were asked for; None for a whole file"""
     breaks: dict[str, list[int]] = field(default_factory=dict)
     """file name -> after how many bytes its next answers break off; the connection is reset where negative"""
+    stalls: dict[str, list[float]] = field(default_factory=dict)
+    """file name -> seconds for which its next answers say nothing, before their bytes"""
+    damages: dict[str, int] = field(default_factory=dict)
+    """file name -> how many of its next whole answers have a byte that is another"""
+    sizes_told: dict[str, int] = field(default_factory=dict)
+    """file name -> bytes that are told of it without sending it"""
+    statuses: dict[str, list[int]] = field(default_factory=dict)
+    """file name -> with which errors its next transfers are answered"""
+    hashed: bool = False
+    """files are known by their sha256, as large ones are on the Hub"""
     refused_whole: set[str] = field(default_factory=set)
     """names of files of which only ranges are to be had: the whole is answered with an error of the server"""
     pushes: Pushes | None = None
@@ -140,8 +151,14 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(404, "EntryNotFound")
         if path.name in self.state.refused_whole and self.command == "GET" and self.headers.get("Range") is None:
             return self._refuse(503, "Unavailable")
+        if self.command == "GET" and (statuses := self.state.statuses.get(path.name)):
+            return self._refuse(statuses.pop(0), "Unavailable")
+        if self.command == "HEAD" and path.name in self.state.sizes_told:
+            extra = {"ETag": f'"{_digest(path)}"', "X-Repo-Commit": commit}
+            return self._head(200, self.state.sizes_told[path.name], "application/octet-stream", extra)
         size, status, first, end = path.stat().st_size, 200, 0, path.stat().st_size
-        extra = {"ETag": f'"{_digest(path)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        digest = hashlib.sha256(path.read_bytes()).hexdigest() if self.state.hashed else _digest(path)
+        extra = {"ETag": f'"{digest}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if (span := self.headers.get("Range")) is not None:
             begin, _, last = span.removeprefix("bytes=").partition("-")
             first, end, status = int(begin), min(size, int(last) + 1 if last else size), 206
@@ -149,16 +166,22 @@ class _Handler(BaseHTTPRequestHandler):
         self._head(status, end - first, "application/octet-stream", extra)
         if self.command == "GET":
             self.state.ranges.setdefault(path.name, []).append(span)
-            self._stream(path, first, end)
+            self._stream(path, first, end, whole=span is None)
 
-    def _stream(self, path: Path, first: int, end: int) -> None:
+    def _stream(self, path: Path, first: int, end: int, *, whole: bool) -> None:
         breaks = self.state.breaks.get(path.name)
         most = breaks.pop(0) if breaks else end - first
         left = min(abs(most), end - first)
+        if stalls := self.state.stalls.get(path.name):
+            self.wfile.flush()
+            time.sleep(stalls.pop(0))
+        damaged = whole and self.state.damages.get(path.name, 0) > 0
+        if damaged:
+            self.state.damages[path.name] -= 1
         with path.open("rb") as file:
             file.seek(first)
             while left and (chunk := file.read(min(left, 1 << 16))):
-                self.wfile.write(chunk)
+                self.wfile.write(chunk[:-1] + bytes([chunk[-1] ^ 1]) if damaged and left == len(chunk) else chunk)
                 left -= len(chunk)
                 with self.state.lock:
                     self.state.sent[path.name] = self.state.sent.get(path.name, 0) + len(chunk)

@@ -198,6 +198,55 @@ def test_a_transfer_that_breaks_off_is_taken_up_again(
         assert hub.sent["model.safetensors"] < size + 5 * MB
 
 
+def test_a_hub_that_stalls_is_asked_again_and_the_rest_is_fetched(ask: Callable[..., Any], hub: LoopbackHub) -> None:
+    folder = hub.repositories["org/single"]
+    hub.stalls["model.safetensors"] = [0.0, 4.0]  # after the header's range, longer than the client waits
+    answer = ask("org/single", environment={"HF_HUB_DOWNLOAD_TIMEOUT": "1"})
+    assert not hub.stalls["model.safetensors"]
+    assert (Path(answer["folder"]) / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_hub_that_is_busy_is_asked_again(ask: Callable[..., Any], hub: LoopbackHub, status: int) -> None:
+    hub.statuses["model.safetensors"] = [status]
+    assert "describe" in ask("org/single")
+    assert not hub.statuses["model.safetensors"]
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_hub_that_refuses_says_so_at_once(ask: Callable[..., Any], hub: LoopbackHub, status: int) -> None:
+    hub.statuses["model.safetensors"] = [status] * 9
+    error = ask("org/single")["error"]
+    assert "hf auth login" in error
+    assert len(hub.statuses["model.safetensors"]) == 8
+
+
+def test_weights_that_arrive_damaged_are_fetched_anew_and_never_kept(ask: Callable[..., Any], hub: LoopbackHub) -> None:
+    hub.hashed = True
+    ask("org/single", weights=False)
+    hub.damages["model.safetensors"] = 1
+    answer = ask("org/single")
+    stored = Path(answer["folder"]) / "model.safetensors"
+    assert hub.damages["model.safetensors"] == 0
+    assert stored.read_bytes() == (hub.repositories["org/single"] / "model.safetensors").read_bytes()
+    stored.resolve().unlink()
+    hub.damages["model.safetensors"] = 3
+    assert "model.safetensors arrives damaged" in ask("org/single")["error"]
+    assert not stored.exists()
+    assert "describe" in ask("org/single")
+
+
+@pytest.mark.parametrize("more", [-7, 7])
+def test_a_hub_that_lies_about_a_size_is_one_clear_error(ask: Callable[..., Any], hub: LoopbackHub, more: int) -> None:
+    size = (hub.repositories["org/single"] / "model.safetensors").stat().st_size
+    hub.sizes_told["model.safetensors"] = size + more
+    error = ask("org/single")["error"]
+    assert "of another size than it tells" in error
+    assert str(size + more) in error
+    hub.sizes_told.clear()
+    assert "describe" in ask("org/single")
+
+
 def test_a_later_call_fetches_only_the_files_that_are_not_whole_yet(ask: Callable[..., Any], hub: LoopbackHub) -> None:
     folder = hub.repositories["org/sharded"]
     first, *_, last = sorted(path.name for path in folder.glob("*.safetensors"))

@@ -54,7 +54,7 @@ def make_family_run(folder: Path, model_type: str, gated: GatedParts | None = No
         "loss_chunk_size": 20,
         "logging_steps": 1,
         "save_steps": 100,
-        "diffusion": {"block_offset": "random"},
+        "diffusion": {"block_offset": "random", "bigram_tokens": 500},
         **changes,
     }
 

@@ -40,7 +40,7 @@ def make_run(folder: Path, model_type: str = "zaya", *, spare_rows: int = 4, **c
         "loss_chunk_size": 50,
         "logging_steps": 1,
         "save_steps": 4,
-        "diffusion": {"block_offset": "random"},
+        "diffusion": {"block_offset": "random", "bigram_tokens": 500},
         **changes,
     }
 

@@ -109,6 +109,20 @@ def own_folder(folder: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def own_file(path: Path) -> Iterator[None]:
+    """Holds a file that grows while a command writes to it; its folder is made where it is missing.
+
+    Raises:
+        UserError: another process writes to it, or nothing can be written there.
+    """
+    with contextlib.ExitStack() as stack:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(path))
+        yield
+
+
 def _remove_if_empty(folder: Path) -> None:
     with contextlib.suppress(OSError):
         folder.rmdir()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import glob
 import json
+import os
+import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from zconvert.checkpoint.folder import sha256
 from zconvert.checkpoint.headers import INDEX_FILE, MAX_HEADER_BYTES, SINGLE_FILE, ShardFiles
 from zconvert.errors import UserError
 from zconvert.tidar.settings import OWN_FILES
@@ -22,7 +26,11 @@ SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*"
 _OTHER_FOLDERS = [f"{'tidar/'[:place]}[!{letter}]*/" for place, letter in enumerate("tidar/")]
 _IGNORED = [folder + files for folder in _OTHER_FOLDERS for files in ("*.json", "*.txt", "*.model", "*.tiktoken")]
 
-_TRIES_IN_VAIN = 3
+TRANSIENT = (408, 429, 500, 502, 503, 504)
+"""answers of the Hub after which it is asked again"""
+_WAITS = (1.0, 4.0)
+"""seconds before that, beside what its client does by itself"""
+_SHA256 = re.compile("[0-9a-f]{64}")
 _ENTRY_BYTES, _FRAME_BYTES = 84, 200
 """of a tensor in a shard's header beside its name, and of the rest, rather too many: one request then has it whole"""
 
@@ -41,6 +49,7 @@ def fetch(
     """Fetches a checkpoint into the Hub's cache, or finds it there.
 
     A connection that breaks is taken up again where it broke; a later call fetches the files that are not whole yet.
+    Weights that arrived are hashed, and fetched anew where they are not what the Hub has.
 
     Args:
         name: Hub id, `org/name`.
@@ -53,11 +62,14 @@ def fetch(
         the folder of the snapshot, and its commit.
 
     Raises:
-        UserError: it is not there, access is refused, the Hub cannot be reached, or the disk is full.
+        UserError: it is not there, access is refused, the Hub cannot be reached, what it sends is damaged, or the disk
+            is full.
     """
     from huggingface_hub import errors, snapshot_download
 
     reporter, in_vain = _reporter(on_progress), 0
+    files = [*shards, *OWN_FILES] if shards else []
+    known = _stored(name)
     with _hub_errors(name, revision):
         while True:
             before = reporter.received
@@ -68,19 +80,62 @@ def fetch(
                     token=token,
                     allow_patterns=[
                         *SMALL_FILES,
-                        *map(glob.escape, [*shards, *OWN_FILES] if shards else []),
+                        *map(glob.escape, files),
                     ],
                     ignore_patterns=_IGNORED,
                     tqdm_class=reporter,
                 )
-                return Path(folder), Path(folder).name
+                damaged = _drop_damaged(Path(folder), files, known)
+                if not damaged:
+                    return Path(folder), Path(folder).name
+                in_vain += 1
+                if in_vain > len(_WAITS):
+                    raise UserError(
+                        f"{name}: {damaged[0]} arrives damaged",
+                        found=f"{in_vain} times other bytes than the sha256 that the Hub tells",
+                        fix="try again from another network; nothing of it was kept",
+                    )
             except errors.HTTPError as error:
-                # The client goes on by itself after a connection was closed, not after a reset. An answer of the Hub
-                # is no break, and neither is a connection that never came to be.
+                # The client goes on by itself after a connection was closed, not after a reset. Most answers of the
+                # Hub are no break, and neither is a connection that never came to be.
                 in_vain = 0 if reporter.received > before else in_vain + 1
-                answered = getattr(error, "response", None) is not None
-                if answered or type(error).__name__ == "ConnectError" or in_vain >= _TRIES_IN_VAIN:
+                status = getattr(getattr(error, "response", None), "status_code", None)
+                final = type(error).__name__ == "ConnectError" or (status is not None and status not in TRANSIENT)
+                if final or in_vain > len(_WAITS):
                     raise
+                if status is not None:
+                    time.sleep(_WAITS[max(0, in_vain - 1)])
+
+
+def _stored(name: str) -> set[str]:
+    """Contents of a repository that are in the Hub's cache, by their hashes."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "blobs"
+    return {path.name for path in blobs.iterdir()} if blobs.is_dir() else set()
+
+
+def _drop_damaged(folder: Path, files: Sequence[str], known: set[str]) -> list[str]:
+    """Removes files that arrived and are not what their hash says, and names them: the client looks at sizes alone.
+
+    Args:
+        folder: the snapshot, of links to contents that are named by their hash.
+        files: that may be in it.
+        known: contents that were there before, and those that are found to be right.
+    """
+    damaged = []
+    for name in files:
+        blob = Path(os.path.realpath(folder / name))
+        if not _SHA256.fullmatch(blob.name) or blob.name in known or not blob.is_file():
+            continue
+        if sha256(blob) == blob.name:
+            known.add(blob.name)
+            continue
+        blob.unlink()
+        (folder / name).unlink(missing_ok=True)
+        damaged.append(name)
+    return damaged
 
 
 def hub_files(folder: Path, name: str, commit: str, token: str | None = None) -> ShardFiles | None:
@@ -269,6 +324,12 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
             "what was fetched already is kept",
         ) from error
     except OSError as error:
+        if str(error).startswith("Consistency check failed"):
+            raise UserError(
+                f"{name}: the Hub sends a file of another size than it tells",
+                found=str(error).split(".\n")[0].removeprefix("Consistency check failed: "),
+                fix="try again later, or from another network: what was fetched whole is kept",
+            ) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         raise UserError(

@@ -9,7 +9,7 @@ from typing import Any
 from zconvert.checkpoint.mask_token import read_vocabulary
 from zconvert.checkpoint.quantisation import UNPACKED_AT_LOAD, quantisation
 from zconvert.checkpoint.source import Source, headers_of, read_config, tidar_settings
-from zconvert.errors import UserError
+from zconvert.errors import UserError, out_of_memory
 from zconvert.tidar.families import language_config
 from zconvert.tidar.settings import GATED_FILE
 
@@ -31,7 +31,8 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto", sha
         The `…ForCausalLM` and the tokenizer.
 
     Raises:
-        UserError: the checkpoint cannot be loaded, a weight is missing, or the device cannot take it.
+        UserError: the checkpoint cannot be loaded, or a weight is missing.
+        MemoryError, RuntimeError: it does not fit, see `out_of_memory`.
     """
     if dtype not in DTYPES:
         raise UserError("there is no such dtype", found=dtype, expected=", ".join(DTYPES))
@@ -52,6 +53,8 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto", sha
                 **_LOCAL,
             )
         except Exception as error:  # safetensors has an exception type of its own
+            if out_of_memory(error) is not None:
+                raise
             raise _unloadable(source, "model", error) from error
     model, report = loaded
     # transformers fills missing weights with random numbers and goes on.
@@ -63,15 +66,7 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto", sha
             expected="every weight that the architecture has",
             fix="download or copy the checkpoint again",
         )
-    try:
-        model = model if sharding is not None else model.to(place)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{source.name} does not fit into the memory of {place}",
-            found=str(error).split(". ")[0],
-            fix="use a smaller dtype (bfloat16), another device, or free the memory",
-        ) from error
-    return model.eval(), tokenizer
+    return (model if sharding is not None else model.to(place)).eval(), tokenizer
 
 
 def load_tokenizer(source: Source) -> Any:

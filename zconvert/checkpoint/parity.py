@@ -55,13 +55,13 @@ def compare_logits(plan: Plan, folder: Path) -> tuple[int, float]:
     def run(source: Source, ids: list[int]) -> tuple[list[int], list[int], torch.Tensor]:
         """The probe text's tokens, the ids the model was run on, and its logits."""
         gc.collect()  # a model's parts refer to each other, and two of them may not fit
-        model, tokenizer = load_model(source, dtype=dtype, device="cpu")
-        text = tokenizer(PROBE_TEXT, add_special_tokens=False).input_ids
-        ids = ids or probe_ids(text, plan.rows.vocabulary, plan.mask.id)
         try:
+            model, tokenizer = load_model(source, dtype=dtype, device="cpu")
+            text = tokenizer(PROBE_TEXT, add_special_tokens=False).input_ids
+            ids = ids or probe_ids(text, plan.rows.vocabulary, plan.mask.id)
             with torch.inference_mode():
                 logits = model(torch.tensor([ids]), use_cache=False).logits
-        except RuntimeError as error:  # of torch: no memory, an operation that is missing here
+        except (RuntimeError, MemoryError) as error:  # of torch: no memory, an operation that is missing here
             raise UserError(f"{source.name} does not run here", found=error) from error
         logits = logits[0, :, : plan.rows.before].float().clone()
         logits[:, plan.mask.id : plan.mask.id + 1] = 0  # the one column that the conversion changes

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zconvert.checkpoint.hub import TRANSIENT
 from zconvert.checkpoint.provenance import TOOL
 from zconvert.checkpoint.push_plan import Action, PushPlan, Step, Target, compare
 from zconvert.errors import UserError
@@ -27,7 +28,6 @@ _WAITS = (1.0, 4.0, 16.0)
 """seconds before the Hub is asked again, beside what its client does by itself"""
 _LOG_IN = "log in with `hf auth login`, or pass --token"
 _QUOTA = (402, 413, 507)
-_TRANSIENT = (408, 429, 500, 502, 503, 504)
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _of_a_copy(error: Exception) -> bool:
 
 def _transient(error: Exception) -> bool:
     response = getattr(error, "response", None)
-    return response is None or response.status_code in _TRANSIENT
+    return response is None or response.status_code in TRANSIENT
 
 
 @contextmanager
@@ -231,7 +231,7 @@ def _told(error: Exception, target: Target) -> tuple[str, str]:
         return f"{target.repo} may not be written with this token", fix
     if status == 412:
         return f"{target.repo} was changed meanwhile", f"look at what came; then {again}"
-    if status is None or status in _TRANSIENT:
+    if status is None or status in TRANSIENT:
         return f"the Hub could not be reached for {target.repo}", again
     return f"the Hub refuses the push to {target.repo}", "see what it says, then run the same command again"
 

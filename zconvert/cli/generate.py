@@ -11,6 +11,7 @@ import typer
 from rich.text import Text
 
 from zconvert.checkpoint.anatomy import context_of
+from zconvert.checkpoint.folder import own_file
 from zconvert.checkpoint.load import end_token_ids, load_model, load_tokenizer, prompt_ids
 from zconvert.checkpoint.source import read_config, require_converted, resolve
 from zconvert.cli import options
@@ -20,6 +21,7 @@ from zconvert.tidar.families import language_config
 
 
 def command(
+    ctx: typer.Context,
     checkpoint: options.Checkpoint,
     prompt: Annotated[
         str | None, typer.Argument(metavar="PROMPT", help="Text to go on from; '-' or nothing reads stdin.")
@@ -92,6 +94,8 @@ def command(
         if chat:
             require_template(load_tokenizer(source))
         rows = [] if prompts is None else read_rows(prompts)
+        if output is not None:
+            ctx.with_resource(own_file(output))
         done = set() if output is None else rows_done(output, rows)
         model, tokenizer = load_model(source, dtype=str(dtype), device=str(device))
     plan = replace(plan, eos_token_ids=end_token_ids(model, tokenizer))

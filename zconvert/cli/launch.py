@@ -86,6 +86,11 @@ def speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def under_torchrun() -> bool:
+    """Whether a launcher watches this process, and tells which one of the run failed."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def leave_at_once(code: int) -> None:
     """Has a process of several end without asking the others, who may be gone: torch waits for them, or aborts."""
     if "WORLD_SIZE" not in os.environ:

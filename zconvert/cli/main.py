@@ -163,6 +163,7 @@ def _options(
 
 def main() -> None:
     """Entry point of the console command."""
+    ui.end_on_sigterm()
     app()
 
 

@@ -14,8 +14,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from zconvert.cli.launch import leave_at_once, speaks
+from zconvert.cli.launch import leave_at_once, speaks, under_torchrun
 from zconvert.cli.ui import EXIT_ERROR, err, out
+from zconvert.errors import UserError
 from zconvert.recipe import TrainingRecipe
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="Recipe of the stage.", show_default=False)]
@@ -31,7 +32,7 @@ def run(settings: TrainingRecipe) -> None:
 def run_shown(settings: TrainingRecipe) -> Path:
     """Runs the stage of a recipe with its progress on stderr; the new checkpoint's folder."""
     from zconvert.training.loop import Interrupted, Progress
-    from zconvert.training.parallel import first_to_fail
+    from zconvert.training.parallel import first_to_fail, lost_the_others
     from zconvert.training.stages import train
 
     started = time.monotonic()
@@ -66,10 +67,18 @@ def run_shown(settings: TrainingRecipe) -> Path:
             leave_at_once(128 + stop.signal_number)
             live.console.print(Text(str(stop)), soft_wrap=True)
             raise typer.Exit(128 + stop.signal_number) from None
-        except KeyboardInterrupt:
-            raise typer.Exit(128 + signal.SIGINT) from None
+        except (KeyboardInterrupt, SystemExit) as stop:  # before the first step, or after the last
+            code = 128 + (signal.SIGTERM if isinstance(stop, SystemExit) else signal.SIGINT)
+            leave_at_once(code)
+            raise typer.Exit(code) from None
         except Exception as error:
             leave_at_once(EXIT_ERROR)
+            if lost_the_others(error) and not under_torchrun():
+                raise UserError(
+                    "another process of this run has ended, and this one cannot go on without it",
+                    found=str(error).split("\n")[0][:200],
+                    fix="look at what the others said; the same command continues from the newest train state",
+                ) from error
             if not first_to_fail(error):
                 raise typer.Exit(EXIT_ERROR) from None
             raise

@@ -6,6 +6,7 @@ import errno
 import functools
 import json
 import os
+import signal
 import sys
 import textwrap
 import traceback
@@ -18,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from zconvert.errors import UserError
+from zconvert.errors import UserError, out_of_memory
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
@@ -94,22 +95,46 @@ def handled(command: Command) -> Command:
             _print_traceback()
             err.print("Interrupted.")
             raise typer.Exit(EXIT_INTERRUPTED) from None
-        except OSError as error:
-            if error.errno == errno.EPIPE:
-                raise
-            _print_unexpected(error)
         except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+                raise
             if type(error).__module__.split(".")[0] in ("typer", "click"):
                 raise
-            _print_unexpected(error)
+            if (said := out_of_memory(error)) is None:
+                _print_unexpected(error)
+            else:
+                _print_traceback()
+                print_error(_too_little_memory(said, kwargs))
         raise typer.Exit(EXIT_ERROR)
 
     return run  # type: ignore[return-value]
 
 
+def end_on_sigterm() -> None:
+    """Has SIGTERM end this process as an exception would, so that nothing is left half-written; a second one kills."""
+    owner = os.getpid()
+
+    def end(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != owner:  # a fork, which has nothing to clean up
+            os.kill(os.getpid(), number)
+        os.write(2, b"Terminated.\n")  # the console may be in the middle of a line
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+
+
 def print_error(error: UserError) -> None:
     """Prints a `UserError` on stderr: a headline, then the found, expected and fix parts hanging under their names."""
     _print_parts("Error", error.what, (("found", error.found), ("expected", error.expected), ("fix", error.fix)))
+
+
+def _too_little_memory(said: str, options: dict[str, Any]) -> UserError:
+    if "checkpoint" in options and "batch_size" in options:
+        from zconvert.planning.out_of_memory import too_little_for_decoding
+
+        return too_little_for_decoding(str(options["checkpoint"]), said, options)
+    return UserError("there is too little memory", found=said, fix="close other programs, or take a larger machine")
 
 
 def _print_unexpected(error: Exception) -> None:

@@ -44,7 +44,9 @@ class Documents:
     (2, 4, 3)
     """
 
-    def __init__(self, ids: Tensor, loss_mask: Tensor, ends: Tensor, fingerprint: str | None = None) -> None:
+    def __init__(
+        self, ids: Tensor, loss_mask: Tensor, ends: Tensor, fingerprint: str | None = None, name: str = "the data"
+    ) -> None:
         """Takes the arrays as they are.
 
         Args:
@@ -52,10 +54,12 @@ class Documents:
             loss_mask: (N,) bool.
             ends: (documents,) int64, where each document ends in these.
             fingerprint: their hash, where known.
+            name: where they come from.
         """
         self.ids = ids
         self.loss_mask = loss_mask
         self.ends = ends
+        self.name = name
         self._fingerprint = fingerprint
 
     @classmethod
@@ -168,7 +172,8 @@ def read_documents(folder: Path) -> tuple[Documents, dict[str, Any]]:
         facts = json.loads((folder / _FILE).read_text())
         counts = {"ids": facts["tokens"], "loss_mask": facts["tokens"], "ends": facts["documents"]}
         arrays = {name: _mapped(folder / f"{name}.bin", counts[name], dtype) for name, dtype in _TYPES.items()}
-        return Documents(**arrays, fingerprint=facts["fingerprint"]), facts
+        name = facts.get("dataset", "the data")
+        return Documents(**arrays, fingerprint=facts["fingerprint"], name=name), facts
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(
             f"the tokenised documents in {folder} are damaged", found=error, fix="remove this folder; it is made anew"

@@ -33,15 +33,18 @@ class Batch:
         input_ids: (R, T) int64, `pad_token_id` at padding.
         document_ids: (R, T) int64, from 0 in each row, -1 at padding.
         loss_mask: (R, T) bool, whether the token is scored as a target; False at padding.
+        references: by which the stream finds the documents again, row after row; empty where nobody asks.
     """
 
     input_ids: Tensor
     document_ids: Tensor
     loss_mask: Tensor
+    references: tuple[list[Any], ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
-        return Batch(self.input_ids.to(device), self.document_ids.to(device), self.loss_mask.to(device))
+        ids, documents, scored = (t.to(device) for t in (self.input_ids, self.document_ids, self.loss_mask))
+        return Batch(ids, documents, scored, self.references)
 
 
 class _Packer:
@@ -139,6 +142,10 @@ class PackedRows:
         taken, self._ready = self._ready[:count], self._ready[count:]
         mine = taken[self.rank * self.rows : (self.rank + 1) * self.rows]
         return _make_batch(mine, self.sequence_len, self.pad_token_id)
+
+    def documents_of(self, batch: Batch) -> list[str]:
+        """The documents of a batch, in words."""
+        return list(dict.fromkeys(map(self.stream.name, batch.references)))
 
     def state_dict(self) -> dict[str, Any]:
         """The exact position, the same on every rank: numbers, text and lists, and tokens of streams as tensors."""
@@ -244,7 +251,8 @@ def _make_batch(rows: list[list[Piece]], sequence_len: int, pad_token_id: int) -
             document_ids[r, here] = document_id
             loss_mask[r, here] = piece.loss_mask
             at += len(piece)
-    return Batch(input_ids, document_ids, loss_mask)
+    references = tuple(piece.reference for row in rows for piece in row)
+    return Batch(input_ids, document_ids, loss_mask, references)
 
 
 def _cuts(length: int, sequence_len: int) -> Iterator[tuple[int, int]]:

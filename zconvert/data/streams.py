@@ -53,6 +53,9 @@ class DocumentStream(Protocol):
     def piece(self, reference: list[Any]) -> Piece:
         """The document or part that has this reference."""
 
+    def name(self, reference: list[Any]) -> str:
+        """The document that `reference` names, in words."""
+
     def identity(self) -> dict[str, Any]:
         """What the data are and how they are mixed, JSON-able; a position is only good for the same."""
 
@@ -112,6 +115,11 @@ class Shuffled:
         number, start, length = reference
         ids, scored = self._tokens(number)
         return Piece(ids[start : start + length], scored[start : start + length], [number, start, length])
+
+    def name(self, reference: list[Any]) -> str:
+        """By its number from 1, in the order of its file."""
+        part = bisect_right(self._begins, reference[0]) - 1
+        return f"document {reference[0] - self._begins[part] + 1} of {self.parts[part].name}"
 
     def identity(self) -> dict[str, Any]:
         """Hashes of the documents, and the seed."""
@@ -199,6 +207,10 @@ class Streamed:
         """The reference is the tokens: there is no way back to them."""
         ids, scored = reference
         return Piece(ids, scored, [ids, scored])
+
+    def name(self, reference: list[Any]) -> str:
+        """By its first tokens: there is no way back to its place."""
+        return f"a streamed document that has the tokens {reference[0][:8].tolist()}"
 
     def identity(self) -> dict[str, Any]:
         """As given, with what fixes the order."""
@@ -292,6 +304,10 @@ class Mixture:
     def piece(self, reference: list[Any]) -> Piece:
         """By the stream's number, and its own reference."""
         return _tagged(reference[0], self.streams[reference[0]].piece(reference[1:]))
+
+    def name(self, reference: list[Any]) -> str:
+        """As its stream names it."""
+        return self.streams[reference[0]].name(reference[1:])
 
     def identity(self) -> dict[str, Any]:
         """The streams' own, and the weights."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from zconvert.checkpoint.folder import own_folder
 from zconvert.checkpoint.load import end_token_ids
 from zconvert.checkpoint.source import Source
 from zconvert.errors import UserError
@@ -116,7 +117,7 @@ def evaluate(
         what `write_results` wrote; None without scores.
 
     Raises:
-        UserError: a task, an option or the folder does not fit.
+        UserError: a task, an option or the folder does not fit, or another process writes to the folder.
     """
     tasks = [load_task(name) for name in plan.tasks]
     if with_scores:
@@ -142,21 +143,22 @@ def evaluate(
         columns.insert(0, Column(BASELINE, LayoutModel(baseline.model), ar))
     about = _about(plan, settings, checkpoint, baseline)
     told = {task.name: _told(task, argument, plan) for task, argument in zip(tasks, plan.tasks, strict=True)}
-    samples.go_on_with(folder, {**about, "columns": [column.name for column in columns], "tasks": told})
-    make_samples(
-        folder,
-        asked,
-        columns,
-        checkpoint.tokenizer,
-        n=plan.n,
-        seed=plan.seed,
-        batch_size=plan.batch_size,
-        on_progress=on_progress,
-    )
-    if not with_scores:
-        return None
-    problems = [(one.task, one.problems) for one in asked]
-    return _score(folder, problems, allow_code_exec=allow_code_exec, on_score=on_score)
+    with own_folder(folder):
+        samples.go_on_with(folder, {**about, "columns": [column.name for column in columns], "tasks": told})
+        make_samples(
+            folder,
+            asked,
+            columns,
+            checkpoint.tokenizer,
+            n=plan.n,
+            seed=plan.seed,
+            batch_size=plan.batch_size,
+            on_progress=on_progress,
+        )
+        if not with_scores:
+            return None
+        problems = [(one.task, one.problems) for one in asked]
+        return _score(folder, problems, allow_code_exec=allow_code_exec, on_score=on_score)
 
 
 def rescore(folder: Path, *, allow_code_exec: bool = False, on_score: scoring.Progress | None = None) -> dict[str, Any]:
@@ -173,7 +175,8 @@ def rescore(folder: Path, *, allow_code_exec: bool = False, on_score: scoring.Pr
     told = samples.read_settings(folder)["tasks"]
     tasks = [(load_task(task["argument"]), task["limit"]) for task in told.values()]
     problems = [(task, problems_of(task, limit)) for task, limit in tasks]
-    return _score(folder, problems, allow_code_exec=allow_code_exec, on_score=on_score)
+    with own_folder(folder):
+        return _score(folder, problems, allow_code_exec=allow_code_exec, on_score=on_score)
 
 
 def _score(

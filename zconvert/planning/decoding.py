@@ -264,8 +264,15 @@ def _given(rates: tuple[float, ...], proposals: tuple[int, ...]) -> Yield:
 
 def fits_decoding(model: ModelFacts, device: Device, batch_size: int, context: int) -> bool:
     """Whether weights and caches fit into the memory."""
-    needed = device.weight_bytes * model.total + device.cache_bytes * batch_size * model.cache_numbers(context)
-    return needed <= device.gpus * device.machine.usable_bytes
+    needed = decoding_bytes(model, batch_size, context, device.weight_bytes, device.cache_bytes)
+    return sum(needed) <= device.gpus * device.machine.usable_bytes
+
+
+def decoding_bytes(
+    model: ModelFacts, batch_size: int, context: int, weight_bytes: float, cache_bytes: float
+) -> tuple[float, float]:
+    """Bytes of the weights, and of the caches."""
+    return weight_bytes * model.total, cache_bytes * batch_size * model.cache_numbers(context)
 
 
 def device_for(model: ModelFacts, machine: Machine, gpus: int, **options: Any) -> Device:

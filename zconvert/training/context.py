@@ -101,9 +101,8 @@ class ContextExtension:
         self._write({**self.report(), "after": after})
 
     def close(self) -> None:
-        """Removes the folder of links."""
-        if is_main_process():
-            shutil.rmtree(self.run_dir / _VIEW, ignore_errors=True)
+        """Removes the folder of links; the process that made it does."""
+        shutil.rmtree(self.run_dir / _VIEW, ignore_errors=True)
 
     def report(self) -> dict[str, Any]:
         """What was written so far."""

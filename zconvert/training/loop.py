@@ -42,6 +42,8 @@ from zconvert.training.slots import draw_slots, random_offsets, row_generators
 from zconvert.training.state import load_latest, load_state, save_state
 
 METRICS_FILE = "metrics.jsonl"
+_MOST_NAMED = 8
+"""documents that an error names"""
 T = TypeVar("T")
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -197,6 +199,7 @@ class Trainer:
         window, alpha = self._window, self.alpha
         # This process's part of what is summed over all after the step.
         sums = {"ar": 0.0, "diffusion": 0.0}
+        not_finite: list[tuple[float, list[str]]] = []
         slot_correct, slot_count = torch.zeros(2, self.settings.block_size, dtype=torch.int64, device=device)
         self.optimizer.zero_grad(set_to_none=True)
         for number, (batch, (offset, slots)) in enumerate(zip(batches, places, strict=True)):
@@ -206,11 +209,8 @@ class Trainer:
             if extra is not None:  # a mean over each process's tokens
                 loss = loss + extra / (recipe.gradient_accumulation_steps * parallel.loss_scale)
             if not math.isfinite(loss.item()):
-                raise UserError(
-                    f"the loss is {loss.item()} at step {self.step + 1}",
-                    expected="a finite number",
-                    fix=f"lower learning_rate or max_grad_norm; the newest state in {self.run_dir} is unharmed",
-                )
+                # Told after the backward pass, in which the other processes take part.
+                not_finite.append((loss.item(), self.rows.documents_of(batch)))
             (loss * parallel.loss_scale).backward()
             self.layout_model.release_gate()
             sums["ar"] += part.ar.item()
@@ -219,10 +219,13 @@ class Trainer:
             slot_count += part.slot_count
         parallel.average_gradients(self.trained.parameters())
         window.grad_norm = parallel.clip_gradients(self.trained.parameters(), recipe.max_grad_norm)
+        counted = [*sums.values(), *slot_correct.tolist(), *slot_count.tolist()]
+        *totals, anywhere = parallel.sum([*counted, len(not_finite)])
+        if anywhere or not math.isfinite(window.grad_norm):
+            self._refuse_step(not_finite, batches)
         set_learning_rate(self.optimizer, self._learning_rate())
         self.optimizer.step()
         self.step += 1
-        totals = parallel.sum([*sums.values(), *slot_correct.tolist(), *slot_count.tolist()])
         window.ar += totals[0]
         window.diffusion += totals[1]
         block_size = self.settings.block_size
@@ -237,6 +240,25 @@ class Trainer:
         window.tokens += tokens
         self.tokens_seen += tokens
         window.seconds += time.perf_counter() - started
+
+    def _refuse_step(self, not_finite: list[tuple[float, list[str]]], batches: list[Batch]) -> None:
+        """Stops all processes before a step that would spoil the weights, and says which documents it was about."""
+        told = [entry for entries in self.parallel.gather(not_finite) for entry in entries]
+        what = f"the loss is {told[0][0]}" if told else f"the gradient's norm is {self._window.grad_norm}"
+        if not told:
+            mine = [(0.0, self.rows.documents_of(batch)) for batch in batches]
+            told = [entry for entries in self.parallel.gather(mine) for entry in entries]
+        documents = list(dict.fromkeys(name for _, names in told for name in names))
+        more = f" and {len(documents) - _MOST_NAMED} more" if len(documents) > _MOST_NAMED else ""
+        raise UserError(
+            f"{what} at step {self.step + 1} of {self.recipe.stage}",
+            found=f"in {', '.join(documents[:_MOST_NAMED])}{more}",
+            expected="a finite number",
+            fix=f"look at these documents, or lower learning_rate or max_grad_norm; {self._unharmed()}",
+        )
+
+    def _unharmed(self) -> str:
+        return f"the newest state in {self.run_dir} is as it was, and the same command goes on from there"
 
     def _place_slots(self, batch: Batch, micro_batch: int) -> tuple[torch.Tensor | int, torch.Tensor | None]:
         """The phase of a batch's blocks, and which tokens have a mask slot; None: all."""
@@ -347,6 +369,13 @@ class Trainer:
             "observers": [observer.state_dict() for observer in self.observers],
         }
         tensors = {**_named("model.", self._weights()), **_named("optimizer.", _tensors(self._optimizer_state()))}
+        spoilt = [name for names in self.parallel.gather(list(_not_finite(tensors))) for name in names]
+        if spoilt:
+            raise UserError(
+                f"step {self.step} of {self.recipe.stage} left numbers that are not finite; they are not saved",
+                found=spoilt[0],
+                fix=f"lower learning_rate; {self._unharmed()}",
+            )
         save_state(self.run_dir, self.step, numbers, tensors, self.recipe.save_total_limit, self.parallel)
 
     def _weights(self) -> dict[str, torch.Tensor]:
@@ -412,6 +441,18 @@ class Trainer:
 
 def _named(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def _not_finite(tensors: dict[str, torch.Tensor]) -> Iterator[str]:
+    """The first of them that holds NaN or infinity in this process's shard."""
+    for name, tensor in tensors.items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        # Smallest and largest see both, and take no memory. Numbers in 8 bits have neither.
+        if local.dtype.is_floating_point and local.dtype.itemsize > 1 and local.numel():
+            low, high = torch.aminmax(local)
+            if not (math.isfinite(low) and math.isfinite(high)):
+                yield name
+                return
 
 
 def _tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:

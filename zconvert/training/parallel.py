@@ -299,12 +299,17 @@ def first_to_fail(error: Exception) -> bool:
     """Whether an error is the cause why a run fails: other processes fail in its wake, and should keep quiet."""
     if not dist.is_initialized():
         return True
-    if isinstance(error, dist.DistError) or re.search("gloo|Connection (?:closed|reset)", str(error)):
+    if lost_the_others(error):
         return False
     try:
         return dist.distributed_c10d._get_default_store().add("zconvert/failed", 1) == 1
     except Exception:  # the process that keeps the store is gone: it was the first
         return False
+
+
+def lost_the_others(error: Exception) -> bool:
+    """Whether an error says that another process of the run is gone."""
+    return isinstance(error, dist.DistError) or bool(re.search("gloo|Connection (?:closed|reset)", str(error)))
 
 
 def _make_runnable(model: Any) -> None:

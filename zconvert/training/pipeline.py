@@ -6,6 +6,7 @@ checkpoint and the data. A training stage that was interrupted goes on.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import zconvert
-from zconvert.checkpoint.folder import write_file
+from zconvert.checkpoint.folder import own_file, write_file
 from zconvert.checkpoint.source import RUN_CHECKPOINT, resolve
 from zconvert.errors import UserError
 from zconvert.recipe import Recipe
@@ -87,21 +88,21 @@ def run_pipeline(
         dry_run: nothing is run; ends where a stage would run, since what follows depends on it.
 
     Raises:
-        UserError: an output was made from other inputs; nothing of it is touched.
+        UserError: an output was made from other inputs, or another process is making it; nothing of it is touched.
     """
     for stage in stages:
-        status = stage.status
-        inputs = inputs_of(stage)
-        if status != "missing":
-            _compare(stage, inputs, adopt=adopt)
-        on_stage(stage, status)
-        if dry_run:
-            if status == "complete":
-                continue
-            return
-        write_file(stage.record, json.dumps(inputs, indent=2) + "\n")
-        if status != "complete":
-            stage.run()
+        with contextlib.nullcontext() if dry_run else own_file(stage.record):
+            status = stage.status
+            inputs = inputs_of(stage)
+            if status != "missing":
+                _compare(stage, inputs, adopt=adopt)
+            on_stage(stage, status)
+            if not dry_run:
+                write_file(stage.record, json.dumps(inputs, indent=2) + "\n")
+                if status != "complete":
+                    stage.run()
+            elif status != "complete":
+                return
 
 
 def inputs_of(stage: Stage) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zconvert.checkpoint.folder import own_folder
 from zconvert.errors import UserError
 from zconvert.page import png, write_page
 from zconvert.training.context import CONTEXT_FILE
@@ -84,7 +85,9 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """
     run = Run.read(run_dir)
     images = {name: image for name, draw in _FIGURES.items() if (image := _png(draw, run)) is not None}
-    return write_page(run_dir / "report" if out is None else out, _title(run), images, **_page(run))
+    folder = run_dir / "report" if out is None else out
+    with own_folder(folder):
+        return write_page(folder, _title(run), images, **_page(run))
 
 
 def _png(draw: Callable[[Run, Any], bool], run: Run) -> bytes | None:

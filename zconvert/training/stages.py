@@ -23,6 +23,7 @@ from zconvert.data.packing import PackedRows
 from zconvert.data.self_generated import Writer
 from zconvert.data.streams import DocumentStream
 from zconvert.errors import UserError
+from zconvert.planning.out_of_memory import explained, too_little_for_training
 from zconvert.recipe import ExtendContextRecipe, TrainingRecipe, dump_recipe
 from zconvert.tidar.bigram import Bigrams
 from zconvert.tidar.settings import TidarSettings
@@ -60,10 +61,17 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress, observers: Sequence[O
     _refuse_output(run_dir)
     with contextlib.ExitStack() as stack:
         parallel.together(lambda: stack.enter_context(own_folder(run_dir)) if parallel.first else None)
-        return _train(recipe, on_progress if parallel.first else _say_nothing, observers, parallel)
+        with explained(lambda said: too_little_for_training(recipe, parallel.world, said)):
+            return _train(recipe, on_progress if parallel.first else _say_nothing, observers, parallel, stack)
 
 
-def _train(recipe: TrainingRecipe, report: OnProgress, observers: Sequence[Observer], parallel: Parallel) -> Path:
+def _train(
+    recipe: TrainingRecipe,
+    report: OnProgress,
+    observers: Sequence[Observer],
+    parallel: Parallel,
+    at_the_end: contextlib.ExitStack,
+) -> Path:
     """Does it in a folder that is held for this run."""
     run_dir = Path(recipe.output_dir)
     final = run_dir / RUN_CHECKPOINT
@@ -79,6 +87,7 @@ def _train(recipe: TrainingRecipe, report: OnProgress, observers: Sequence[Obser
         extension = ContextExtension(source, settings, recipe.context, run_dir)
         _report_before(extension, recipe, parallel, report)
         if parallel.first:
+            at_the_end.callback(extension.close)
             extension.make_source()
         parallel.gather(None)  # it is there when any process goes on
         source = extension.source
@@ -157,8 +166,6 @@ def _train(recipe: TrainingRecipe, report: OnProgress, observers: Sequence[Obser
         measured = _measured_documents(recipe, tokenizer)
         trainer.alone(lambda: after.report_after(trainer.layout_model, measured))
     save_checkpoint(final)
-    if extension is not None:
-        extension.close()
     parallel.close()
     return final
 

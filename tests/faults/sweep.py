@@ -1,0 +1,231 @@
+"""Fails each command at each of its operations on files, and counts what survives.
+
+python -m tests.faults.sweep [COUNT] [COMMAND …]     at COUNT places for each fault, or at all; prints a table
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import zconvert.checkpoint.export
+from tests.faults import inject
+from tests.faults.commands import COMMANDS, Base, contents, make_base
+
+ERRORS = (errno.ENOSPC, errno.EROFS, errno.EIO)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
+
+
+@dataclass
+class Tally:
+    """What a command went through."""
+
+    injected: int = 0
+    bytes_lost: int = 0
+    """of input, of earlier results, and of finished ones that are not what they would be"""
+    problems: list[str] = field(default_factory=list)
+    """what did not survive, in words"""
+
+    def add(self, other: Tally) -> None:
+        """Sums up."""
+        self.injected += other.injected
+        self.bytes_lost += other.bytes_lost
+        self.problems += other.problems
+
+
+class Sweep:
+    """One command, failed again and again at the same place on disk."""
+
+    def __init__(self, name: str, base: Base, work: Path) -> None:
+        """Runs it once without a fault: what comes of it is what must come of it later.
+
+        Args:
+            name: of the command.
+            base: the inputs.
+            work: folder to make for its output, again and again.
+        """
+        self.name, self.command, self.base, self.work = name, COMMANDS[name], base, work
+        self._inputs = contents(base.folder)
+        self._start()
+        counting = self._run(inject.Injector(work))
+        assert counting.code == 0, f"{name}: {counting.stderr}"
+        self.operations = counting.operations
+        self.expected = self._results()
+        self.needed = sum(path.stat().st_blocks * 512 for path in self.work.rglob("*"))
+        assert all((work / final).exists() for final in (*self.command.finals, *self.command.grows))
+
+    def fail(self, fault: int | signal.Signals, at: int) -> Tally:
+        """Fails the command at one operation, looks what is there, and runs it again."""
+        where = f"{self.name}, {_named(fault)} at {at}, about {self.operations[at : at + 1]}"
+        self._start()
+        before = contents(self.work)
+        failed = self._run(inject.Injector(self.work, at, fault))
+        return self._judge(where, fault, failed, before) if failed.met else Tally()
+
+    def fill(self, disk: Path, share: float) -> Tally:
+        """Runs the command on a disk with room for a share of what it needs, then on one with enough.
+
+        Args:
+            disk: a tmpfs that the work lies on.
+            share: of the bytes that were there at its end.
+        """
+        self._start()
+        before = contents(self.work)
+        used = sum(path.stat().st_blocks * 512 for path in disk.rglob("*"))
+        remount(disk, f"size={(used + int(share * self.needed)) // 1024 + 1}k")
+        failed = self._run()
+        remount(disk, f"size={(used + 4 * self.needed) // 1024 + 64}k")
+        return self._judge(f"{self.name}, a disk of {share:.0%}", errno.ENOSPC, failed, before)
+
+    def on_read_only_disk(self, disk: Path) -> Tally:
+        """Runs the command where nothing can be written, then where it can."""
+        self._start()
+        before = contents(self.work)
+        remount(disk, "ro")
+        failed = self._run()
+        remount(disk, "rw")
+        return self._judge(f"{self.name}, a read-only disk", errno.EROFS, failed, before)
+
+    def boundaries(self) -> list[int]:
+        """The first and the last operation of each output, by the names of files and folders in the work."""
+        outputs = [operation.split("/")[1].strip(".").split(".")[0] for operation in self.operations]
+        changes = [at for at in range(1, len(outputs)) if outputs[at] != outputs[at - 1]]
+        return sorted({0, *changes, *(at - 1 for at in changes), len(outputs) - 1})
+
+    def _judge(self, where: str, fault: int | signal.Signals, failed: inject.Outcome, before: dict[str, str]) -> Tally:
+        """Looks at what a fault left, and runs the command again."""
+        tally = Tally(injected=1)
+
+        def problem(text: str, found: object = "") -> None:
+            tally.problems.append(f"{where}: {text} {found}")
+
+        if failed.code != 0:
+            for text in self._wrongly_told(fault, failed):
+                problem(text, failed.stderr)
+        for final in self.command.finals:
+            if (self.work / final).exists() and not self._whole(final):
+                problem(f"{final} is half-written")
+        tally.bytes_lost += self._lost(before, problem)
+        again = self._run()
+        done = again.code == 0 or (
+            any(words in again.words for words in self.command.again) and all(map(self._whole, self.command.finals))
+        )
+        if not done:
+            problem("run again, it fails:", again.stderr)
+        if (found := self._results()) != self.expected:
+            wrong = [name for name in self.expected.keys() | found.keys() if self.expected.get(name) != found.get(name)]
+            problem("run again, it gives other files:", wrong)
+            tally.bytes_lost += sum(self._size(name) for name in wrong)
+        if left := [path.name for path in self.work.rglob(".*") if path.name != ".base"]:
+            problem("hidden files are left:", left)
+        return tally
+
+    def _start(self) -> None:
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir(parents=True)
+        self.command.begin(self.base, self.work)
+        self._arguments = self.command.arguments(self.base, self.work)
+
+    def _run(self, injector: inject.Injector | None = None) -> inject.Outcome:
+        return inject.run(self._arguments, injector, _prepare)
+
+    def _results(self) -> dict[str, str]:
+        return {name: value for name, value in contents(self.work).items() if "/." not in f"/{name}"}
+
+    def _whole(self, final: str) -> bool:
+        expected = {name: value for name, value in self.expected.items() if (name + "/").startswith(final + "/")}
+        return bool(expected) and contents(self.work, final) == expected
+
+    def _wrongly_told(self, fault: int | signal.Signals, failed: inject.Outcome) -> Iterator[str]:
+        if isinstance(fault, signal.Signals):
+            if failed.code != CODES[fault]:
+                yield f"exit code {failed.code}:"
+            if "Traceback" in failed.stderr or "rror:" in failed.stderr:
+                yield "it complains:"
+            return
+        if failed.code != 1:
+            yield f"exit code {failed.code}:"
+        if failed.words.count("rror:") != 1 or "Unexpected" in failed.words or "Traceback" in failed.words:
+            yield "not one clear error:"
+        if str(self.work) not in failed.words:
+            yield "the place is not named:"
+
+    def _lost(self, before: dict[str, str], problem: Callable[..., None]) -> int:
+        """Bytes of input and earlier results that are not what they were; what grows may have grown."""
+        lost = 0
+        for folder, then in ((self.base.folder, self._inputs), (self.work, before)):
+            now = contents(folder)
+            for name in then:
+                final = folder == self.work and any((name + "/").startswith(f + "/") for f in self.command.finals)
+                grows = folder == self.work and name.startswith(self.command.grows)
+                if final and self._whole(name):
+                    continue
+                if now.get(name) != then[name] and not (grows and name in now):
+                    problem(f"{folder / name} is not what it was")
+                    lost += (folder / name).stat().st_size if name in now else 1
+        return lost
+
+    def _size(self, name: str) -> int:
+        path = self.work / name
+        return path.stat().st_size if path.exists() else 1
+
+
+def remount(disk: Path, option: str) -> None:
+    """Changes how a tmpfs is mounted."""
+    subprocess.run(["mount", "-o", f"remount,{option}", str(disk)], check=True)
+
+
+def _named(fault: int | signal.Signals) -> str:
+    return fault.name if isinstance(fault, signal.Signals) else errno.errorcode[fault]
+
+
+def _prepare() -> None:
+    # It starts an interpreter of its own, which takes longer than all the rest, and writes nothing.
+    zconvert.checkpoint.export.verify_export = lambda *_, **__: {"skipped": "in a sweep"}  # type: ignore[attr-defined]
+
+
+def sample(count: int, most: int | None, seed: str) -> Sequence[int]:
+    """Numbers below `count`: all, or some drawn by the seed, the first and the last always among them."""
+    if most is None or count <= most:
+        return range(count)
+    drawn = random.Random(seed).sample(range(1, count - 1), most - 2)
+    return [0, *sorted(drawn), count - 1]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Sweeps, and prints a table in Markdown."""
+    most = next((int(word) for word in arguments if word.isdecimal()), None)
+    names = [word for word in arguments if not word.isdecimal()]
+    print("| command | operations | faults injected | survived | bytes lost |\n|---|---|---|---|---|")
+    total, operations = Tally(), 0
+    with tempfile.TemporaryDirectory(prefix="zconvert-faults-") as folder:
+        base = make_base(Path(folder) / "base")
+        for name in names or COMMANDS:
+            sweep, tally = Sweep(name, base, Path(folder) / "work"), Tally()
+            for fault in (*ERRORS, *SIGNALS):
+                for at in sample(len(sweep.operations), most, f"{name}, {_named(fault)}"):
+                    tally.add(sweep.fail(fault, at))
+            print(_row(f"`{name}`", len(sweep.operations), tally), flush=True)
+            total.add(tally)
+            operations += len(sweep.operations)
+    print(_row("all", operations, total))
+    print("\n".join(total.problems), file=sys.stderr)
+    return int(bool(total.problems))
+
+
+def _row(name: str, operations: int, tally: Tally) -> str:
+    failed = len({problem.split(": ")[0] for problem in tally.problems})
+    return f"| {name} | {operations} | {tally.injected} | {tally.injected - failed} | {tally.bytes_lost} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Whatever fails while a command writes: one clear error, earlier results as they were, and the same command mends it."""
+"""Whatever fails while a command writes: one clear error, earlier results untouched, and the same command mends it."""
 
 from __future__ import annotations
 

@@ -194,11 +194,8 @@ def _prepare() -> None:
 
 
 def sample(count: int, most: int | None, seed: str) -> Sequence[int]:
-    """Numbers below `count`: all, or some drawn by the seed, the first and the last always among them."""
-    if most is None or count <= most:
-        return range(count)
-    drawn = random.Random(seed).sample(range(1, count - 1), most - 2)
-    return [0, *sorted(drawn), count - 1]
+    """Numbers below `count`: all, or so many drawn by the seed."""
+    return range(count) if most is None or count <= most else sorted(random.Random(seed).sample(range(count), most))
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -82,7 +82,7 @@ def test_decoding_proposes_the_options_that_the_command_has(base: Base) -> None:
 def little_memory() -> None:
     """Leaves this process some megabytes more than it has."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 24_000_000,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 120_000_000,) * 2)
 
 
 def test_memory_that_really_runs_out_is_told_so(base: Base, tmp_path: Path) -> None:

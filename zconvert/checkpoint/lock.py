@@ -39,6 +39,8 @@ def held(out: Path) -> Iterator[bool]:
     path = out / LOCK_FILE if out.is_dir() else out.with_name(f".{out.name[:200]}.lock")
     handle = _take(path, out)
     try:
+        if handle is not None:
+            _sign(handle)
         yield handle is not None
     finally:
         if handle is not None:
@@ -58,7 +60,6 @@ def _take(path: Path, out: Path) -> int | None:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Who held it may have removed the file between the two: then this lock is on a file that nobody finds.
             if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
-                _sign(handle)
                 return handle
             os.close(handle)
         except BlockingIOError:

@@ -118,7 +118,8 @@ def end_on_sigterm() -> None:
         signal.signal(number, signal.SIG_DFL)
         if os.getpid() != owner:  # a fork, which has nothing to clean up
             os.kill(os.getpid(), number)
-        os.write(2, b"Terminated.\n")  # the console may be in the middle of a line
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"Terminated.\n")  # the console may be in the middle of a line
         sys.exit(128 + number)
 
     signal.signal(signal.SIGTERM, end)

@@ -369,7 +369,10 @@ class Trainer:
             "observers": [observer.state_dict() for observer in self.observers],
         }
         tensors = {**_named("model.", self._weights()), **_named("optimizer.", _tensors(self._optimizer_state()))}
-        spoilt = [name for names in self.parallel.gather(list(_not_finite(tensors))) for name in names]
+        # Buffers may hold infinities by design.
+        fixed = _named("model.", dict(self.trained.named_buffers()))
+        learned = {name: tensor for name, tensor in tensors.items() if name not in fixed}
+        spoilt = [name for names in self.parallel.gather(list(_not_finite(learned))) for name in names]
         if spoilt:
             raise UserError(
                 f"step {self.step} of {self.recipe.stage} left numbers that are not finite; they are not saved",

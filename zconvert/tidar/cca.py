@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.models.zaya.modeling_zaya import ZayaCCAProjection, repeat_kv
 
 from .predecessors import Predecessors
+from .swap import become
 
 
 class PredecessorAwareCCA(ZayaCCAProjection):
@@ -75,4 +76,4 @@ def graft_cca(model: torch.nn.Module) -> None:
     """Makes every CCA projection of a ZAYA model predecessor-aware, in place; weights and names stay as they are."""
     for module in model.modules():
         if type(module) is ZayaCCAProjection:
-            module.__class__ = PredecessorAwareCCA
+            become(module, PredecessorAwareCCA)

@@ -29,6 +29,7 @@ PLACES = {
     "run": "init.inputs.json",
 }
 """what each command holds"""
+QUICK = ("convert-init", "midtrain", "generate --out")
 GROW = ("midtrain", "evaluate", "score", "report")
 
 
@@ -100,7 +101,9 @@ def test_a_file_system_without_locks_keeps_nobody_away(tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PLACES]
+)
 def test_a_command_ends_at_once_where_another_process_writes(name: str, base: Base, tmp_path: Path) -> None:
     command, work = COMMANDS[name], tmp_path / "work"
     work.mkdir()

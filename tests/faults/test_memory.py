@@ -29,7 +29,18 @@ CPU = RuntimeError(
 )
 
 
-@pytest.mark.parametrize("error", [CUDA, CPU, MemoryError()], ids=["CUDA", "CPU", "Python"])
+def test_each_allocators_words_are_understood_and_nothing_else_is() -> None:
+    assert out_of_memory(CUDA) == "CUDA out of memory. Tried to allocate 2.00 GiB"
+    assert str(out_of_memory(CPU)).startswith("DefaultCPUAllocator: can't allocate memory: you tried to allocate 17179")
+    assert out_of_memory(MemoryError()) == "no memory was left"
+    assert out_of_memory(OSError(12, "Cannot allocate memory")) is not None
+    for other in (RuntimeError("shape mismatch"), ValueError("out of memory"), OSError(28, "No space left on device")):
+        assert out_of_memory(other) is None
+
+
+@pytest.mark.parametrize(
+    "error", [CUDA, *(pytest.param(error, marks=pytest.mark.slow) for error in (CPU, MemoryError()))]
+)
 def test_a_run_without_memory_says_what_it_takes_and_what_to_lower(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

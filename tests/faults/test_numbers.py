@@ -33,7 +33,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
     return make_run(tmp_path, max_steps=5, save_steps=1, save_total_limit=9, save_dtype="float32")
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, pytest.param(math.inf, marks=pytest.mark.slow)])
 def test_a_loss_that_is_not_finite_is_told_with_step_stage_and_documents_and_spoils_nothing(
     value: float, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,7 +71,7 @@ def test_a_gradient_that_is_not_finite_is_not_stepped_on(settings: dict[str, Any
     assert goes_on(settings, tmp_path, Observer())
 
 
-@pytest.mark.parametrize("what", ["weights", "optimizer"])
+@pytest.mark.parametrize("what", ["weights", pytest.param("optimizer", marks=pytest.mark.slow)])
 def test_weights_and_optimizers_that_are_not_finite_are_not_saved(
     what: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -126,7 +126,7 @@ class Sweep:
             problem("run again, it gives other files:", wrong)
             tally.bytes_lost += sum(self._size(name) for name in wrong)
         left = [path.name for path in self.work.rglob(".*")]
-        if fault == signal.SIGKILL:  # it leaves locks behind, which hold nothing
+        if isinstance(fault, signal.Signals):  # it may leave locks behind, which hold nothing
             left = [name for name in left if not name.endswith(".lock")]
         if left:
             problem("hidden files are left:", left)
@@ -157,7 +157,7 @@ class Sweep:
             return
         if failed.code != 1:
             yield f"exit code {failed.code}:"
-        if failed.words.count("rror:") != 1 or "Unexpected" in failed.words or "Traceback" in failed.words:
+        if failed.words.count("Error: ") != 1 or "Unexpected" in failed.words or "Traceback" in failed.words:
             yield "not one clear error:"
         if str(self.work) not in failed.words:
             yield "the place is not named:"

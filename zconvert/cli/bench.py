@@ -33,6 +33,7 @@ BUILT_IN_PROMPTS = (
 """used where the user names none"""
 
 _BARS = " ▁▂▃▄▅▆▇█"
+_RIVALS = "Rivals"
 
 
 def command(
@@ -41,58 +42,93 @@ def command(
         Path | None,
         typer.Option(help='JSONL file, one {"prompt": …} (or {"text": …}) a line. Default: a few English sentences.'),
     ] = None,
-    num_prompts: Annotated[int | None, typer.Option(min=1, help="Take only so many, from the start.")] = None,
+    num_prompts: Annotated[int | None, typer.Option(min=1, help="Take only the first N prompts.")] = None,
     batch_size: Annotated[
-        list[int] | None, typer.Option(min=1, help="Texts at a time; may be given several times.", show_default="1")
+        list[int] | None,
+        typer.Option(min=1, help="Texts decoded at a time; may be given several times.", show_default="1"),
     ] = None,
     max_new_tokens: Annotated[
-        list[int] | None, typer.Option(min=1, help="Tokens for a prompt at most; likewise.", show_default="128")
+        list[int] | None,
+        typer.Option(min=1, help="Tokens of a text at most; may be given several times.", show_default="128"),
     ] = None,
     prompt_tokens: Annotated[
-        list[int] | None, typer.Option(min=1, help="Cut or repeat prompts to so many tokens; likewise.")
+        list[int] | None, typer.Option(min=1, help="Cut or repeat each prompt to N tokens; may be given several times.")
     ] = None,
     mode: Annotated[
         list[options.Mode] | None,
         typer.Option(
-            help="single: a forward verifies and drafts; two: they take turns; auto: as suits the machine; likewise.",
+            help="single: forwards verify and draft at once; two: they take turns; auto: whichever is faster here; "
+            "may be given several times.",
             show_default="single",
+            rich_help_panel=options.DECODING,
         ),
     ] = None,
     proposals: Annotated[
         list[str] | None,
-        typer.Option(metavar="1,3,5", help="Accepted counts that get a proposal block; likewise."),
+        typer.Option(
+            metavar="1,3,5",
+            help="Accepted counts that get a block of drafts for the next forward; may be given several times. "
+            "Default: the checkpoint's.",
+            rich_help_panel=options.DECODING,
+        ),
     ] = None,
     block_size: options.BlockSize = None,
     mix_weight: Annotated[
         list[float] | None,
-        typer.Option(min=0.0, max=1.0, help="w of a mixed sampler; likewise.", show_default="0.5"),
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Of the mixed sampler: AR's share in what drafts are verified by; may be given several times.",
+            show_default="0.5",
+            rich_help_panel=options.DECODING,
+        ),
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="Another checkpoint, such as the source: plain AR, and whether texts are its.")
+        str | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Another checkpoint, such as the source: its plain AR, and whether texts are the same as its.",
+            rich_help_panel=_RIVALS,
+        ),
     ] = None,
-    stock: Annotated[bool, typer.Option(help="Measure `generate` of stock transformers, too.")] = True,
+    stock: Annotated[
+        bool, typer.Option(help="Measure `generate` of stock transformers, too.", rich_help_panel=_RIVALS)
+    ] = True,
     prompt_lookup: Annotated[
-        bool, typer.Option("--prompt-lookup", help="And with its prompt lookup: no conversion needed.")
+        bool,
+        typer.Option(
+            "--prompt-lookup",
+            help="Measure transformers' prompt lookup, too, which needs no conversion.",
+            rich_help_panel=_RIVALS,
+        ),
     ] = False,
     assistant: Annotated[
-        str | None, typer.Option(help="And with this smaller checkpoint as the assistant: no conversion needed.")
+        str | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Measure transformers' assisted decoding, too, with this smaller checkpoint as the assistant.",
+            rich_help_panel=_RIVALS,
+        ),
     ] = None,
     tune: Annotated[
         bool, typer.Option("--tune", help="Show what --mode auto knows of this machine and would choose.")
     ] = False,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.", rich_help_panel=options.DECODING)] = 0.0,
     plot: Annotated[Path | None, typer.Option(help="Draw the speeds into this PNG file.")] = None,
     dtype: options.DtypeOption = options.Dtype.FLOAT32,
     device: options.DeviceOption = options.Device.AUTO,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's choice.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the random numbers above temperature 0.")] = 0,
+    threads: options.Threads = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of sampling above temperature 0.", rich_help_panel=options.DECODING)
+    ] = 0,
     as_json: options.Json = False,
     revision: options.Revision = None,
     token: options.Token = None,
 ) -> None:
     """Measure decoding speed against plain AR and stock transformers, on the same prompts, in turns.
 
-    Example: zconvert bench CHECKPOINT --prompts prompts.jsonl --batch-size 1 --batch-size 8 --mode single --mode auto
+    Every combination of the options that may be given several times is measured. `--json > bench.json` keeps the
+    numbers for `export --results`, which puts them into the model card.
     """
     sets = [options.accepted_counts(each, block_size) for each in dict.fromkeys(proposals or [])] or [None]
     texts = list(BUILT_IN_PROMPTS) if prompts is None else read_prompts(prompts)

@@ -50,9 +50,11 @@ def command(
             help="A checkpoint's folder, a training run's folder, a Hub id, or a recipe (*.yaml) with these settings.",
         ),
     ],
-    output: Annotated[Path | None, typer.Option("--out", help="Folder to write; must not exist.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write; must not exist. Required, but beside a recipe.")
+    ] = None,
     block_size: Annotated[
-        int, typer.Option(min=2, max=MAX_BLOCK_SIZE, help="Tokens per diffusion block.")
+        int, typer.Option(min=2, max=MAX_BLOCK_SIZE, help="Tokens of a diffusion block.")
     ] = DEFAULT_BLOCK_SIZE,
     mask_token: Annotated[
         str | None,
@@ -66,18 +68,18 @@ def command(
     ] = "mean",
     proposals: Annotated[
         str | None,
-        typer.Option(metavar="1,3,5", help="Accepted counts that get a proposal block in decoding. Default: all."),
+        typer.Option(metavar="1,3,5", help="Accepted counts that get a block of drafts in decoding. Default: all."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of --mask-init random.")] = 0,
     mode: Annotated[
         Mode, typer.Option(help="full: training moves every weight. gated: the source stays, small weights are added.")
     ] = Mode.FULL,
     copy: Annotated[
-        bool, typer.Option("--copy", help="Copy unchanged weight files too, instead of linking them.")
+        bool, typer.Option("--copy", help="Copy weight files that do not change, too, instead of linking them.")
     ] = False,
     verify: Annotated[
         Verify,
-        typer.Option(help="What to look at afterwards. auto: all bytes, and where the model is small its logits."),
+        typer.Option(help="What to compare afterwards. auto: all bytes, and the logits where the model is small."),
     ] = Verify.AUTO,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Tell what would happen to each file; write nothing.")

@@ -21,8 +21,17 @@ FOLDER = "evaluation"
 
 AllowCodeExec = Annotated[
     bool,
-    typer.Option("--allow-code-exec", help="Run the programs that the model wrote, to score tasks in code."),
+    typer.Option(
+        "--allow-code-exec", help="Run the programs that the model wrote, in a sandbox, to score tasks in code."
+    ),
 ]
+
+
+def task_names(incomplete: str) -> list[str]:
+    """For the shell: the tasks that come with zconvert."""
+    from zconvert.evaluation.tasks import names
+
+    return [name for name in names() if name.startswith(incomplete)]
 
 
 def command(
@@ -30,40 +39,81 @@ def command(
     tasks: Annotated[
         str,
         typer.Option(
-            metavar="NAME,…", help="From `zconvert tasks list`, or .yaml files; NAME=FILE reads the rows from a file."
+            metavar="NAME,…",
+            help="From `zconvert tasks list`, or .yaml files; NAME=FILE reads the rows from a file.",
+            autocompletion=task_names,
         ),
     ],
     baseline: Annotated[
         str | None,
-        typer.Option(help="The source, or another checkpoint: its plain AR is what all is held against."),
+        typer.Option(
+            metavar="CHECKPOINT", help="The source, or another checkpoint: its plain AR is what all is held against."
+        ),
     ] = None,
-    samplers: Annotated[str, typer.Option(metavar="ar,lossless,mix:0.5", help="Ways to decode.")] = "ar,lossless",
-    k: Annotated[str, typer.Option(metavar="1,4,16", help="pass@k: at least one of k samples is right.")] = "1",
-    n: Annotated[int | None, typer.Option(min=1, help="Samples of each problem. Default: the largest k.")] = None,
+    samplers: Annotated[
+        str,
+        typer.Option(
+            metavar="ar,lossless,mix:0.5",
+            help="Ways to decode; mix:W is the mixed sampler with AR's share W.",
+            rich_help_panel=options.DECODING,
+        ),
+    ] = "ar,lossless",
+    k: Annotated[
+        str,
+        typer.Option(
+            metavar="1,4,16",
+            help="Of pass@k: the share of problems of which one of k samples is right.",
+            rich_help_panel=options.SAMPLING,
+        ),
+    ] = "1",
+    n: Annotated[
+        int | None,
+        typer.Option(min=1, help="Samples of each problem. Default: the largest k.", rich_help_panel=options.SAMPLING),
+    ] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="0: greedy. Default: 0 for one sample of a problem, else 0.8.")
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="0: greedy. Default: 0 for one sample of a problem, else 0.8.",
+            rich_help_panel=options.SAMPLING,
+        ),
     ] = None,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total.")] = 1.0,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Problems of each task, from the start; all if not given.")
+    top_p: Annotated[
+        float,
+        typer.Option(
+            help="Sample among the likeliest tokens of this total probability.", rich_help_panel=options.SAMPLING
+        ),
+    ] = 1.0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take only the first N problems of each task.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of an answer at most. Default: each task's.")
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer. Default: each task's.")] = None,
     chat: Annotated[
-        bool | None, typer.Option("--chat/--no-chat", help="Ask by the chat template or not. Default: each task's.")
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Ask with the chat template, or as plain text. Default: each task's."),
     ] = None,
-    margin: Annotated[float, typer.Option(min=0.01, help="Points of pass@k that matter, for the verdict.")] = 2.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts decoded at a time, in every column.")] = 8,
+    margin: Annotated[
+        float, typer.Option(min=0.01, help="Percentage points of pass@k that matter to the verdict.")
+    ] = 2.0,
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Texts decoded at a time, in every column of the report.", rich_help_panel=options.DECODING
+        ),
+    ] = 8,
     output: Annotated[
         Path | None, typer.Option("--out", help="Folder of the evaluation. Default: evaluation/ in the run's folder.")
     ] = None,
     allow_code_exec: AllowCodeExec = False,
-    no_score: Annotated[bool, typer.Option("--no-score", help="Make the samples alone; see `zconvert score`.")] = False,
+    no_score: Annotated[
+        bool, typer.Option("--no-score", help="Make the samples and stop; `zconvert score` goes on from there.")
+    ] = False,
     proposals: options.Proposals = None,
     block_size: options.BlockSize = None,
     dtype: options.DtypeOption = options.Dtype.AUTO,
     device: options.DeviceOption = options.Device.AUTO,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's choice.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
+    threads: options.Threads = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.", rich_help_panel=options.SAMPLING)] = 0,
     as_json: options.Json = False,
     revision: options.Revision = None,
     token: options.Token = None,
@@ -130,11 +180,17 @@ def command(
 
 
 def score(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Of an evaluation: --out of `zconvert evaluate`.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", help="What --out of `zconvert evaluate` was, such as ./my-run/evaluation."),
+    ],
     allow_code_exec: AllowCodeExec = False,
     as_json: options.Json = False,
 ) -> None:
-    """Score the samples of an evaluation anew, as its task files say now."""
+    """Score the samples of an evaluation anew, as its task files say now.
+
+    No model is needed: the samples lie in the folder. results.json and report.html are written anew.
+    """
     from zconvert.evaluation.evaluate import rescore
 
     with progress_bars() as tell:

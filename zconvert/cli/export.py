@@ -51,20 +51,24 @@ def command(
         Path | None, typer.Option(metavar="FILE", help="What `zconvert bench --json` printed, for the model card.")
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Reload it on its own and compare, before it gets its name.")
+        bool,
+        typer.Option("--verify/--no-verify", help="Reload the export on its own and compare, before it gets its name."),
     ] = True,
     private: Annotated[
         bool, typer.Option("--private", help="Make a new repository private.", rich_help_panel=_TO_HUB)
     ] = False,
     revision: Annotated[
         str | None,
-        typer.Option(help="With --hub the branch to push to; else the revision of a CHECKPOINT on the Hub."),
+        typer.Option(
+            help="With --hub the branch to push to; else the revision of a CHECKPOINT on the Hub.",
+            rich_help_panel=options.MACHINE,
+        ),
     ] = None,
     create_pr: Annotated[
         bool, typer.Option("--create-pr", help="Open a pull request.", rich_help_panel=_TO_HUB)
     ] = False,
     commit_message: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Of the commit.", rich_help_panel=_TO_HUB)
+        str | None, typer.Option(metavar="TEXT", help="Message of the commit.", rich_help_panel=_TO_HUB)
     ] = None,
     force: Annotated[
         bool,
@@ -78,7 +82,7 @@ def command(
         bool,
         typer.Option(
             "--merge-to-ar",
-            help="Write the source of a gated checkpoint, every file as it was.",
+            help="Write the source of a gated checkpoint to --out, every file as it was.",
             rich_help_panel=_ELSE,
         ),
     ] = False,
@@ -93,7 +97,11 @@ def command(
     as_json: options.Json = False,
     token: options.Token = None,
 ) -> None:
-    """Write a folder to hand on, or push it: weights, tokenizer, model card, and the code for trust_remote_code."""
+    """Write a folder to hand on, or push it to the Hub.
+
+    It has weights, tokenizer, model card and the code for trust_remote_code, and needs no zconvert: without
+    trust_remote_code it is the plain AR model. One of --out, --hub and --check says what to do.
+    """
     pushing = {"--private": private, "--create-pr": create_pr, "--force": force, "--dry-run": dry_run}
     pushing["--commit-message"] = commit_message is not None
     shaping = {"--results": results is not None, "--dtype": dtype is not options.Dtype.AUTO}

@@ -16,7 +16,10 @@ from zconvert.recipe import ExtendContextRecipe, load_recipe
 
 
 def command(recipe: RecipeFile, torchrun: TorchrunOptions = None) -> None:
-    """Train on longer documents with positions that reach further; tells the loss by position before and after."""
+    """Train on longer documents with positions that reach further.
+
+    Tells the loss by position before and after. Stopped at any moment, the same command continues.
+    """
     settings = load_recipe(recipe, ExtendContextRecipe)
     if torchrun:
         launch([settings.stage, str(recipe)], torchrun)

@@ -45,7 +45,10 @@ def command(
     revision: options.Revision = None,
     token: options.Token = None,
 ) -> None:
-    """Tell what a checkpoint is and whether it can be converted. No weights are loaded or fetched."""
+    """Tell what a checkpoint is and whether it can be converted.
+
+    Headers and config.json are read; no weights are loaded or fetched. docs/inspect-json.md describes --json.
+    """
     with err.status(Text(f"Reading {checkpoint} …")):
         document = describe(resolve(checkpoint, revision=revision, token=token, weights=False))
     if as_json:

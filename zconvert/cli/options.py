@@ -51,32 +51,74 @@ class Mode(StrEnum):
     AUTO = "auto"
 
 
+DECODING = "Decoding"
+SAMPLING = "Sampling"
+MACHINE = "Machine and Hub"
+"""themes under which --help puts options"""
+
 Checkpoint = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder, a training run's folder, or a Hub id.")
 ]
-BlockSize = Annotated[int | None, typer.Option(min=2, help="Tokens a forward can yield at most. Default: as trained.")]
+BlockSize = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        help="Tokens a forward can yield at most. Default: as trained, which is the most.",
+        rich_help_panel=DECODING,
+    ),
+]
 Proposals = Annotated[
     str | None,
-    typer.Option(metavar="1,3,5", help="Accepted counts that get a proposal block. Default: the checkpoint's."),
+    typer.Option(
+        metavar="1,3,5",
+        help="Accepted counts that get a block of drafts for the next forward. Default: the checkpoint's.",
+        rich_help_panel=DECODING,
+    ),
 ]
 SamplerOption = Annotated[
-    Sampler, typer.Option(help="lossless: as AR would sample; mixed: faster, not exact; ar: one token a forward.")
+    Sampler,
+    typer.Option(
+        help="lossless: as AR would sample; mixed: faster, not exact; ar: one token a forward.",
+        rich_help_panel=DECODING,
+    ),
 ]
 MixWeight = Annotated[
     float | None,
-    typer.Option(min=0, max=1, help="Of --sampler mixed: share of AR in what verifies. Default: 0.5."),
+    typer.Option(
+        min=0,
+        max=1,
+        help="With --sampler mixed: AR's share in what drafts are verified by. Default: 0.5.",
+        rich_help_panel=DECODING,
+    ),
 ]
 ModeOption = Annotated[
     Mode,
     typer.Option(
-        help="single: forwards verify and draft at once; two: they take turns; auto: whichever is faster here."
+        help="single: forwards verify and draft at once; two: they take turns; auto: whichever is faster here.",
+        rich_help_panel=DECODING,
     ),
 ]
-DtypeOption = Annotated[Dtype, typer.Option(help="auto: the checkpoint's own.")]
-DeviceOption = Annotated[Device, typer.Option(help="auto: a GPU where there is one.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, for a Hub id.")]
-Token = Annotated[str | None, typer.Option(help="Hub token, where `hf auth login` stored none.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
+DtypeOption = Annotated[
+    Dtype, typer.Option(help="Type of the weights. auto: the checkpoint's own.", rich_help_panel=MACHINE)
+]
+DeviceOption = Annotated[
+    Device, typer.Option(help="Where the model runs. auto: a GPU where there is one.", rich_help_panel=MACHINE)
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads. Default: torch's choice.", rich_help_panel=MACHINE)
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a Hub id. Default: main.", rich_help_panel=MACHINE)
+]
+Token = Annotated[
+    str | None,
+    typer.Option(
+        help="Token for the Hub. Default: HF_TOKEN, or what `hf auth login` stored.",
+        rich_help_panel=MACHINE,
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of text.")]
 
 
 def accepted_counts(text: str | None, block_size: int | None = None) -> tuple[int, ...] | None:

@@ -18,7 +18,7 @@ from zconvert.errors import UserError
 from zconvert.planning.acceptance import DEFAULT_CURVE, PUBLISHED, find_curve
 from zconvert.planning.decoding import Cell, Device, device_for, predict
 from zconvert.planning.heatmap import MODES, heat_map
-from zconvert.planning.machines import find_machine
+from zconvert.planning.machines import MACHINES, find_machine
 from zconvert.planning.plan import (
     BATCHES,
     CONTEXTS,
@@ -38,6 +38,7 @@ from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, MAX_BLOCK_SIZE, GatedPar
 _RECIPES = (".yaml", ".yml")
 _MOST_REJECTED = 6
 _SMALL_BYTES = 2e9
+_TRAINING = "Training"
 _UNITS = ("gigabytes", "gigaflops", "milliseconds")
 
 
@@ -52,49 +53,117 @@ def command(
     targets: Annotated[
         list[str],
         typer.Argument(
-            metavar="CHECKPOINT|RECIPE…",
+            metavar="CHECKPOINT|RECIPE",
             help="A checkpoint's folder, a Hub id or a config.json; then recipes of training stages, if there are any.",
         ),
     ],
-    gpu: Annotated[str, typer.Option(help="Device to train and decode on, or a .yaml file of one's own.")] = (
-        "h100-80gb"
-    ),
-    gpus: Annotated[int, typer.Option(min=1, help="How many of them train.")] = 8,
-    tokens: Annotated[str | None, typer.Option(metavar="600B", help="Clean tokens to train on, in each stage.")] = None,
-    mode: Annotated[Mode | None, typer.Option(help="Default: the checkpoint's, else full.")] = None,
-    sequence_len: Annotated[int | None, typer.Option(min=2, help="Clean tokens a row. Default: the recipe's.")] = None,
-    source_bits: Annotated[
-        int | None, typer.Option(help="Bits of a frozen source: 4, 8, 16 or 32. Default: the recipe's.")
+    gpu: Annotated[
+        str,
+        typer.Option(
+            help=f"Device to train and decode on: {', '.join(MACHINES)}, or a .yaml file that describes yours.",
+            autocompletion=lambda: list(MACHINES),
+        ),
+    ] = "h100-80gb",
+    gpus: Annotated[int, typer.Option(min=1, help="How many of them train and decode.")] = 8,
+    tokens: Annotated[
+        str | None,
+        typer.Option(metavar="600B", help="Clean tokens to train on, in each stage.", rich_help_panel=_TRAINING),
     ] = None,
-    price: Annotated[float | None, typer.Option(min=0.0, help="US dollars for a device and hour.")] = None,
+    mode: Annotated[
+        Mode | None,
+        typer.Option(
+            help="full: every weight is trained; gated: the source is frozen. Default: the checkpoint's, else full.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    sequence_len: Annotated[
+        int | None, typer.Option(min=2, help="Clean tokens of a row. Default: the recipe's.", rich_help_panel=_TRAINING)
+    ] = None,
+    source_bits: Annotated[
+        int | None,
+        typer.Option(
+            help="Bits of a frozen source's weights: 4, 8, 16 or 32. Default: the recipe's.", rich_help_panel=_TRAINING
+        ),
+    ] = None,
+    price: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, help="US dollars for a device and hour. Default: the device's.", rich_help_panel=_TRAINING
+        ),
+    ] = None,
     efficiency: Annotated[
-        float | None, typer.Option(min=0.01, max=1.0, help="Share of peak FLOP/s that training reaches.")
+        float | None,
+        typer.Option(
+            min=0.01,
+            max=1.0,
+            help="Share of peak FLOP/s that training reaches. Default: the device's.",
+            rich_help_panel=_TRAINING,
+        ),
     ] = None,
     accepted: Annotated[
-        str, typer.Option(help=f"Tokens per forward, a run's folder, or published: {', '.join(PUBLISHED)}.")
+        str,
+        typer.Option(
+            help=f"Acceptance: tokens per forward, a run's folder, or a published one: {', '.join(PUBLISHED)}.",
+            autocompletion=lambda: list(PUBLISHED),
+            rich_help_panel=options.DECODING,
+        ),
     ] = DEFAULT_CURVE,
     block_size: Annotated[
-        int | None, typer.Option(min=2, max=MAX_BLOCK_SIZE, help="Tokens per diffusion block.")
+        int | None,
+        typer.Option(
+            min=2,
+            max=MAX_BLOCK_SIZE,
+            help="Tokens of a diffusion block. Default: the checkpoint's, else 16.",
+            rich_help_panel=options.DECODING,
+        ),
     ] = None,
     proposals: options.Proposals = None,
-    batch: Annotated[str | None, typer.Option(metavar="1,8,32", help="Batches of the map.")] = None,
-    context: Annotated[str | None, typer.Option(metavar="4096,32768", help="Contexts of the map, tokens.")] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(metavar="1,8,32", help="Batch sizes of the map of speeds.", rich_help_panel=options.DECODING),
+    ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option(
+            metavar="4096,32768", help="Lengths of context of the map, in tokens.", rich_help_panel=options.DECODING
+        ),
+    ] = None,
     why: Annotated[
         str | None,
-        typer.Option("--explain", metavar="batch=8,context=32768", help="The arithmetic behind a cell of the map."),
+        typer.Option(
+            "--explain",
+            metavar="batch=8,context=32768",
+            help="Show the arithmetic behind a cell of the map.",
+            rich_help_panel=options.DECODING,
+        ),
     ] = None,
-    heatmap: Annotated[Path | None, typer.Option(help="Write the map into this .html file.")] = None,
+    heatmap: Annotated[
+        Path | None, typer.Option(help="Write the map into this .html file.", rich_help_panel=options.DECODING)
+    ] = None,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Measure this device with small models, and decode on it.")
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Measure the device at hand with small models, and predict decoding on it.",
+            rich_help_panel=options.DECODING,
+        ),
     ] = False,
     bench: Annotated[
-        Path | None, typer.Option(help="A document of `bench --json` to lay over what --calibrate predicts.")
+        Path | None,
+        typer.Option(
+            help="What `zconvert bench --json` printed, to lay over what --calibrate predicts.",
+            rich_help_panel=options.DECODING,
+        ),
     ] = None,
     as_json: options.Json = False,
     revision: options.Revision = None,
     token: options.Token = None,
 ) -> None:
-    """Tell what a conversion costs and whether it pays, before anything is spent."""
+    """Tell what a conversion costs and whether it pays, before anything is spent.
+
+    Memory, layout, time and price of training, and the speed of decoding against AR, by arithmetic from headers or a
+    bare config.json; docs/planning.md says how, and how well.
+    """
     counts = options.accepted_counts(proposals, block_size)
     batches = BATCHES if batch is None else options.numbers(batch, "--batch")
     contexts = CONTEXTS if context is None else options.numbers(context, "--context")

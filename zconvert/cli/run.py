@@ -28,7 +28,13 @@ if TYPE_CHECKING:
 
 
 def command(
-    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE.yaml", help="Names the recipe of each stage.")],
+    pipeline: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PIPELINE.yaml",
+            help="Names the recipe of each stage; `zconvert recipes copy` has some to begin with.",
+        ),
+    ],
     adopt: Annotated[
         bool, typer.Option("--adopt", help="Take outputs that were not made by `run` as made from these recipes.")
     ] = False,
@@ -36,7 +42,10 @@ def command(
         bool, typer.Option("--dry-run", help="Tell which stages are complete and which would run; run nothing.")
     ] = False,
 ) -> None:
-    """Run a pipeline's stages; those that are complete and unchanged are skipped, an interrupted one goes on."""
+    """Run a pipeline's stages one after another.
+
+    Stages that are complete and unchanged are skipped, an interrupted one goes on; where inputs changed, it says which.
+    """
     from zconvert.training.pipeline import export_stage, run_pipeline, stage_of
 
     recipes = load_pipeline(pipeline)

@@ -21,7 +21,10 @@ def command(
     ] = False,
     torchrun: TorchrunOptions = None,
 ) -> None:
-    """Train a converted checkpoint on conversations, scored where the assistant speaks; stopped, it continues."""
+    """Train a converted checkpoint on conversations, scored where the assistant speaks.
+
+    Stopped at any moment, the same command continues. --show-example shows first what would be scored.
+    """
     settings = load_recipe(recipe, SftRecipe)
     if show_example:
         _show(settings)

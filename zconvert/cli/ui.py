@@ -127,15 +127,15 @@ def _print_parts(title: str, what: str, parts: tuple[tuple[str, str | None], ...
     width = max(40, err.width)
     text = Text()
     text.append(f"{title}: ", style="bold red")
-    text.append(_wrap(what, width, first=len(title) + 2, indent=2))
+    text.append(wrap(what, width, first=len(title) + 2, indent=2))
     for name, part in parts:
         if part is not None:
             text.append(f"\n  {name + ':':<10}", style="bold")
-            text.append(_wrap(part, width, first=12, indent=12))
+            text.append(wrap(part, width, first=12, indent=12))
     err.print(text, soft_wrap=True)
 
 
-def _wrap(text: str, width: int, *, first: int, indent: int) -> str:
+def wrap(text: str, width: int, *, first: int = 0, indent: int = 0) -> str:
     """Folds each line of `text` to `width` columns; line one starts at column `first`, the others at `indent`."""
     lines: list[str] = []
     for number, line in enumerate(text.splitlines() or [""]):

@@ -148,8 +148,8 @@ def _check_usage(
 
     places = given({"--out": output is not None, "--hub": hub is not None, "--check": check is not None})
     if len(places) != 1:
-        found = f"{' and '.join(places)} were given" if places else "missing"
-        raise typer.BadParameter(f"{found}: one of them says what to do", param_hint="--out, --hub or --check")
+        found = f"{' and '.join(places)} were given: they exclude each other" if places else "give one of them"
+        raise typer.BadParameter(found, param_hint="--out, --hub or --check")
     if merge and output is None:
         raise typer.BadParameter("it writes a folder: say which with --out", param_hint="--merge-to-ar")
     if given(pushing) and hub is None:

@@ -97,16 +97,21 @@ def parts(command: Any, context: Any) -> Iterator[Part]:
         yield Part("Examples", lines=command.epilog.split("\n"), verbatim=True)
 
 
-def render(usage: str, page: list[Part], width: int) -> Text:
+def usage(command: Any, context: Any) -> str:
+    """How the command is called, on one line."""
+    return " ".join([context.command_path, *command.collect_usage_pieces(context)])
+
+
+def render(called: str, page: list[Part], width: int) -> Text:
     """A help page.
 
     Args:
-        usage: the command with its arguments.
+        called: what `usage` gave.
         page: what `parts` gave.
         width: columns of the terminal.
     """
     width = max(_NARROWEST, min(width, WIDEST))
-    text = Text.assemble(("Usage: ", "bold"), ui.wrap(usage, width, first=7, indent=7), "\n")
+    text = Text.assemble(("Usage: ", "bold"), ui.wrap(called, width, first=7, indent=7), "\n")
     for part in page:
         text.append("\n")
         if part.title:
@@ -143,17 +148,21 @@ class _Page:
 
     def format_help(self, context: Any, formatter: Any) -> None:
         """Writes the page; colours reach a terminal alone."""
-        usage = " ".join([context.command_path, *self.collect_usage_pieces(context)])
         with ui.out.capture() as captured:
-            ui.out.print(render(usage, list(parts(self, context)), ui.out.width), soft_wrap=True, end="")
+            page = render(usage(self, context), list(parts(self, context)), ui.out.width)
+            ui.out.print(page, soft_wrap=True, end="")
         formatter.write(captured.get())
 
     def parse_args(self, context: Any, arguments: list[str]) -> list[str]:
-        """As Typer does, without the words of its checker in the message."""
+        """As Typer does; its checker's messages lack what was given, and have words of its own."""
         try:
             parsed: list[str] = super().parse_args(context, arguments)  # type: ignore[misc]
         except typer.BadParameter as error:
             error.message = error.message.removeprefix("Value error, ")
+            cause: Any = error.__cause__
+            if hasattr(cause, "errors"):
+                found = cause.errors()[0].get("input")
+                error.message = re.sub(r"^Input\b", repr(found), error.message)
             raise
         return parsed
 

@@ -10,7 +10,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import typer
 from rich.console import Console
@@ -23,9 +23,12 @@ from zconvert.errors import UserError
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 
-out = Console(highlight=False)
+# rich takes NO_COLOR to mean no colours, and leaves bold; here it means plain text.
+_COLORS: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
+
+out = Console(highlight=False, color_system=_COLORS)
 """results: tables and text on stdout"""
-err = Console(stderr=True, highlight=False)
+err = Console(stderr=True, highlight=False, color_system=_COLORS)
 """progress and errors on stderr"""
 
 Command = TypeVar("Command", bound=Callable[..., Any])

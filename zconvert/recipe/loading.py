@@ -145,7 +145,8 @@ def _read_file(path: Path) -> tuple[dict[Any, Any], dict[KeyPath, int], list[Pro
             )
         return read_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise UserError(f"there is no recipe {path}", fix="check the path; recipes/ has some to copy") from None
+        fix = "check the path; `zconvert recipes copy` gives some to begin with"
+        raise UserError(f"there is no recipe {path}", fix=fix) from None
     except OSError as error:
         raise UserError(f"recipe {path} cannot be read", found=error.strerror) from None
     except UnicodeDecodeError:

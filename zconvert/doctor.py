@@ -59,7 +59,7 @@ def examine() -> Document:
         "extras": extras,
         "machine": _machine(probed),
         "devices": _devices(probed),
-        "hub": _hub(),
+        "hub": hub_access(),
         "disk": _disk(),
     }
     problems = list(_problems(document, probed))
@@ -178,7 +178,7 @@ def _driver() -> Document | None:
     return {"version": rows[0][0], "gpus": [row[1] for row in rows]} if done.returncode == 0 and rows else None
 
 
-def _hub() -> Document:
+def hub_access() -> Document:
     """Whether the Hub answers, and takes the token. The token itself is told nowhere."""
     told: Document = {"endpoint": None, "offline": None, "reachable": None, "token": None, "user": None, "error": None}
     try:
@@ -238,10 +238,11 @@ def _problems(document: Document, probed: Document) -> Iterator[Document]:
             needed = f"{package['name']}{package['needed']}"
             yield problem(what, package["version"] or "not installed", f"pip install '{needed}'", required=True)
     missing = {package["name"].lower() for package in document["packages"] if package["version"] is None}
-    for name, error in probed["broken"].items():
+    broken = probed["broken"]
+    for name, error in broken.items():
         package = name.partition(".")[0].replace("_", "-")
-        if package not in missing:
-            fix = f"pip install --force-reinstall {package}; `python -c 'import {name}'` tells more"
+        if package not in missing and (name == "torch" or error != broken.get("torch")):  # most of them import torch
+            fix = f"pip install --force-reinstall {package}\npython -c 'import {name}' tells more"
             yield problem(f"{package} cannot be imported", error, fix, required=True)
     for extra in document["extras"]:
         for package in extra["packages"]:

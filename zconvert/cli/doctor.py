@@ -71,7 +71,7 @@ def _package(package: dict[str, Any]) -> str:
 def _extra(extra: dict[str, Any]) -> str:
     if extra["complete"]:
         return ", ".join(f"{each['name']} {each['version']}" for each in extra["packages"])
-    return f"not installed; {extra['for']}: {extra['install']}"
+    return f"missing, for {extra['for']}\n{extra['install']}"
 
 
 def _machine(machine: dict[str, Any], devices: dict[str, Any]) -> list[tuple[str, str]]:

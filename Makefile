@@ -37,6 +37,9 @@ format: .venv/.installed-dev ## put the sources into shape
 	$(BIN)/python -m ruff check --fix $(SOURCES)
 	$(BIN)/python -m ruff format $(SOURCES)
 
+docs: .venv/.installed ## write docs/cli.md anew, from the help of the commands
+	$(BIN)/python -m zconvert.cli.reference
+
 install: .venv/.installed-dev ## only make .venv
 
 clean: ## remove .venv, caches and out/

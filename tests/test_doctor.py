@@ -70,7 +70,9 @@ def test_a_broken_torch_is_told_with_its_fix_and_exits_1(code: str, said: str, t
     (tmp_path / "torch.py").write_text(code)
     done = run(PYTHONPATH=os.pathsep.join([str(tmp_path), str(Path(doctor.__file__).parents[1])]))
     assert (done.returncode, done.stderr) == (1, "")
-    assert re.findall("Error: .*", done.stdout) == ["Error: torch cannot be imported"]  # not whatever imports it
+    assert re.findall("^Error: .*", done.stdout, re.MULTILINE) == [
+        "Error: torch cannot be imported"
+    ]  # not whatever imports it
     assert said in " ".join(done.stdout.split())
     assert "pip install --force-reinstall torch" in done.stdout
     assert "Traceback" not in done.stdout

@@ -174,8 +174,8 @@ def command(
             on_score=lambda task, column, done, total: tell(f"{task}, {column}", "scores", done, total),
         )
     if results is None:
-        samples = str(folder / "samples")
-        print_json({"samples": samples}) if as_json else out.print(Text(samples), soft_wrap=True)
+        made = str(folder / "samples")
+        print_json({"samples": made}) if as_json else out.print(Text(made), soft_wrap=True)
         return
     _finish(results, folder, as_json)
 

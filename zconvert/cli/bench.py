@@ -13,7 +13,7 @@ from rich.text import Text
 
 from zconvert.checkpoint.source import Source, require_converted, resolve
 from zconvert.cli import options
-from zconvert.cli.ui import err, out, print_json, progress
+from zconvert.cli.ui import err, out, print_json, progress, show_table
 from zconvert.errors import UserError
 from zconvert.tidar.settings import TidarSettings
 
@@ -245,7 +245,7 @@ def show(document: dict[str, Any]) -> None:
     for place in dict.fromkeys(_place(entry) for entry in results):
         out.print()
         out.print(place)
-        out.print(_table([entry for entry in results if _place(entry) == place], document))
+        show_table(_table([entry for entry in results if _place(entry) == place], document))
     for entry in results:
         if "unavailable" in entry:
             out.print(Text(f"{entry['name']} does not work for this model: {entry['unavailable']}", style="yellow"))
@@ -326,7 +326,7 @@ def _show_tuning(tuning: dict[str, Any]) -> None:
         table.add_column(n, justify="right", no_wrap=True)
     for rows, row in tuning["forward_ms"].items():
         table.add_row(rows, *[f"{row[n]:.1f}" for n in shown])
-    out.print(table)
+    show_table(table)
     for rows, ranked in tuning["choices"].items():
         out.print()
         table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
@@ -345,7 +345,7 @@ def _show_tuning(tuning: dict[str, Any]) -> None:
                     f"{choice['forward_ms']:.1f}",
                     f"{choice['tokens_per_second']:.0f}",
                 )
-        out.print(table)
+        show_table(table)
 
 
 def bars(counts: list[int]) -> str:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from zconvert.checkpoint.source import resolve
 from zconvert.cli import options
-from zconvert.cli.ui import err, facts, out, print_json, size
+from zconvert.cli.ui import err, out, print_json, show_facts, show_table, size
 from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, MAX_BLOCK_SIZE, GatedParts
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def _carry_out(plan: Plan, verify: Verify) -> Report:
 def _show_plan(plan: Plan) -> None:
     document = plan.to_dict()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("File", overflow="fold")
+    table.add_column("File", no_wrap=True)
     table.add_column("What happens", no_wrap=True)
     table.add_column("Size", justify="right", no_wrap=True)
     table.add_column("Written", justify="right", no_wrap=True)
@@ -188,17 +188,17 @@ def _show_plan(plan: Plan) -> None:
         style = "dim" if step.action == "link" else ""
         cells = (step.name, step.action, size(step.bytes), size(step.written) if step.written else "-")
         table.add_row(*(Text(cell) for cell in cells), style=style)
-    out.print(table)
+    show_table(table)
     free = "" if document["bytes_free"] is None else f"; {size(document['bytes_free'])} are free there"
     out.print()
     out.print(Text(f"Would write {size(document['bytes_written'])} to {plan.out}{free}"), soft_wrap=True)
-    out.print(facts(_choices(plan)))
+    show_facts(_choices(plan))
 
 
 def _show(report: Report) -> None:
     plan = report.plan
     out.print(Text(f"Wrote {plan.out}"), soft_wrap=True)
-    out.print(facts([*_choices(plan), ("written", _written(plan)), ("verified", "\n".join(_verified(report)))]))
+    show_facts([*_choices(plan), ("written", _written(plan)), ("verified", "\n".join(_verified(report)))])
     out.print(Text.assemble(("Next: ", "bold"), "zconvert midtrain RECIPE.yaml, with base_model: ", str(plan.out)))
 
 

@@ -8,7 +8,7 @@ import typer
 from rich.text import Text
 
 from zconvert.cli import options
-from zconvert.cli.ui import EXIT_ERROR, err, facts, out, print_json, size
+from zconvert.cli.ui import EXIT_ERROR, err, out, print_json, show_facts, size
 
 _TOKENS = {
     "none": "no token: public checkpoints alone",
@@ -53,12 +53,12 @@ def show(document: dict[str, Any]) -> None:
     for title, rows in parts.items():
         out.print()
         out.print(Text(title, style="bold"))
-        out.print(facts(rows))
+        show_facts(rows)
     out.print()
     for problem in document["problems"]:
         kind, style = ("Error", "bold red") if problem["required"] else ("Note", "bold yellow")
         out.print(Text.assemble((f"{kind}: ", style), problem["what"]), soft_wrap=True)
-        out.print(facts([("found", problem["found"]), ("fix", problem["fix"])]))
+        show_facts([("found", problem["found"]), ("fix", problem["fix"])])
     if document["ok"]:
         out.print(Text("All that is needed is here.", style="bold green"))
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from zconvert.checkpoint.source import RUN_CHECKPOINT, Source, require_converted, resolve
 from zconvert.cli import options
-from zconvert.cli.ui import err, out, print_json
+from zconvert.cli.ui import err, out, print_json, show_table
 
 FOLDER = "evaluation"
 
@@ -222,7 +222,7 @@ def show(results: Mapping[str, Any]) -> None:
                 f"{entry['tokens_per_second']:,.1f}",
                 f"{entry['mean_tokens']:,.0f}",
             )
-        out.print(table)
+        show_table(table)
         for sentence in (*faults(results, task), *sentences(results, task)):
             out.print(Text(f"- {sentence}"))
         out.print()

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from zconvert.checkpoint.source import Source, resolve
 from zconvert.cli import options
-from zconvert.cli.ui import err, facts, out, print_json, size
+from zconvert.cli.ui import err, out, print_json, show_facts, show_table, size
 from zconvert.tidar.settings import GATED_FILE
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def _check(source: Source, wanted: EngineName, as_json: bool) -> None:
     for verdict in verdicts:
         out.print(Text(f"{verdict.engine} {verdict.version}: loads autoregressively: {verdict.loads}"), soft_wrap=True)
         command = [("run", verdict.command)] if verdict.command is not None else []
-        out.print(facts([("why", verdict.why), *command, ("TiDAR needs", verdict.tidar)]))
+        show_facts([("why", verdict.why), *command, ("TiDAR needs", verdict.tidar)])
 
 
 def _merge(source: Source, output: Path, as_json: bool) -> None:
@@ -196,7 +196,7 @@ def _merge(source: Source, output: Path, as_json: bool) -> None:
     hashed = sum(file["sha256"] is not None for file in files)
     out.print(Text(f"Wrote {report['out']}, which is {report['base_model'] or 'the source'} again"), soft_wrap=True)
     verified = f"{hashed} by their sha256, {len(files) - hashed} by their size"
-    out.print(facts([("files", f"{len(files)}, {size(sum(file['bytes'] for file in files))}"), ("verified", verified)]))
+    show_facts([("files", f"{len(files)}, {size(sum(file['bytes'] for file in files))}"), ("verified", verified)])
 
 
 def export_shown(
@@ -252,16 +252,14 @@ def _push(checkpoint: str, target: Target, dry_run: bool, as_json: bool, choices
         return
     out.print(Text(f"Pushed to {pushed.pull_request or pushed.url}"), soft_wrap=True)
     total = pushed.plan.to_dict()["bytes"]
-    out.print(
-        facts(
-            [
-                ("commit", pushed.commit),
-                ("uploaded", size(total["upload"])),
-                *([("copied", f"{size(total['copy'])} on the server, from the base model")] if total["copy"] else []),
-                ("unchanged", size(total["keep"])),
-                ("verified", _verified(report)),
-            ]
-        )
+    show_facts(
+        [
+            ("commit", pushed.commit),
+            ("uploaded", size(total["upload"])),
+            *([("copied", f"{size(total['copy'])} on the server, from the base model")] if total["copy"] else []),
+            ("unchanged", size(total["keep"])),
+            ("verified", _verified(report)),
+        ]
     )
 
 
@@ -269,12 +267,12 @@ def _show_plan(plan: PushPlan) -> None:
     where = "" if plan.exists else ", which would be made"
     out.print(Text(f"Would push to {plan.target.repo}{where}; nothing was changed"), soft_wrap=True)
     table = Table(box=None, pad_edge=False)
-    table.add_column("file", overflow="fold")
+    table.add_column("file", no_wrap=True)
     table.add_column("action", no_wrap=True)
     table.add_column("bytes", justify="right", no_wrap=True)
     for step in plan.steps:
         table.add_row(Text(step.name), step.action, f"{step.bytes:,}")
-    out.print(table)
+    show_table(table)
     total = plan.to_dict()["bytes"]
     words = {"upload": "to upload", "copy": "to copy from the base model", "keep": "unchanged"}
     out.print(Text(", ".join(f"{size(total[action])} {text}" for action, text in words.items())), soft_wrap=True)
@@ -292,7 +290,7 @@ def _show(report: dict[str, Any]) -> None:
     rows.append(("licence", report["license"] or "not known from its files: look it up before you publish"))
     rows.append(("verified", _verified(report)))
     out.print(Text(f"Wrote {report['out']}"), soft_wrap=True)
-    out.print(facts(rows))
+    show_facts(rows)
 
 
 def _verified(report: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zconvert.cli import options
-from zconvert.cli.ui import err, out, print_json
+from zconvert.cli.ui import err, out, print_json, show_table
 from zconvert.errors import UserError
 from zconvert.planning.acceptance import DEFAULT_CURVE, PUBLISHED, find_curve
 from zconvert.planning.decoding import Cell, Device, device_for, predict
@@ -352,11 +352,11 @@ def show(document: dict[str, Any], cells: list[Cell]) -> None:
         if stage["gated"] is not None:
             trained, parts = count_of(stage["trained_parameters"]), GatedParts(**stage["gated"]).described()
             out.print(Text(f"Beside the frozen source {trained} weights are trained: {parts}."))
-        out.print(_stage_table(stage))
+        show_table(_stage_table(stage))
         _show_rejected(stage["rejected"])
     for mode, title in MODES.items():
         out.print()
-        out.print(_map_table([cell for cell in cells if cell.mode == mode], title))
+        show_table(_map_table([cell for cell in cells if cell.mode == mode], title))
     decoding = document["decoding"]
     roofline, where = decoding["blocks_under_roofline"], f"{decoding['gpus']} × {document['machine']['name']}"
     if "calibration" in document:
@@ -364,8 +364,8 @@ def show(document: dict[str, Any], cells: list[Cell]) -> None:
     out.print(
         Text(
             f"Speedup over AR, decoding on {where}, acceptance of "
-            f"{document['acceptance']['source']}. Dim: does not fit. About {roofline:.0f} blocks of "
-            f"{document['acceptance']['block_size']} cost attention over a long cache nothing."
+            f"{document['acceptance']['source']}. Dim: does not fit. Attention over a long cache "
+            f"costs nothing more up to about {roofline:.0f} × {document['acceptance']['block_size']} tokens a forward."
         )
     )
     if "calibration" in document:
@@ -389,19 +389,19 @@ def _show_calibration(told: dict[str, Any]) -> None:
         return
     table = Table(title="Prediction and measurement", title_justify="left")
     for name in ("", "tokens", "predicted\nms", "measured\nms", "error", "predicted\nspeedup", "measured\nspeedup"):
-        table.add_column(name, justify="right" if name else "left")
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for name, row in rows:
         speedups = [f"{row[key]:.2f}×" if key in row else "" for key in ("predicted_speedup", "measured_speedup")]
         times = [f"{row[key]:.2f}" for key in ("predicted_ms", "measured_ms")]
         table.add_row(name, f"{row['tokens']:.0f}", *times, f"{row['error']:+.0%}", *speedups)
-    out.print(table)
+    show_table(table)
 
 
 def _stage_table(stage: dict[str, Any]) -> Table:
     memory, time = stage["memory"], stage["time"]
     table = Table(title=f"{stage['stage']}, {stage['mode']}: {stage['layout']['title']}", title_justify="left")
     for name, justify in (("Memory a device", "left"), ("GB", "right"), ("Time", "left"), ("", "right")):
-        table.add_column(name, justify="right" if justify == "right" else "left")
+        table.add_column(name, justify="right" if justify == "right" else "left", no_wrap=True)
     names = [name for name in memory if name.endswith("_gb")]
     total = memory["total_gb_per_gpu"]
     digits = 1 if total >= 1 else 3
@@ -435,7 +435,7 @@ def _show_rejected(rejected: list[dict[str, str]]) -> None:
 def _map_table(cells: list[Cell], title: str) -> Table:
     batches = sorted({cell.batch_size for cell in cells})
     table = Table(title=title, title_justify="left")
-    table.add_column("context \\ batch", justify="right")
+    table.add_column("context \\ batch", justify="right", no_wrap=True)
     for batch in batches:
         table.add_column(str(batch), justify="right", no_wrap=True)
     by_place = {(cell.batch_size, cell.context): cell for cell in cells}
@@ -454,7 +454,7 @@ def _show_explained(explained: dict[str, Any]) -> None:
     """Bytes, operations and time by part; those of two forwards are added up."""
     title = f"{MODES[explained['mode']]}, batch {explained['batch_size']}, context {explained['context']:,}"
     table = Table(title=title, title_justify="left")
-    table.add_column("part")
+    table.add_column("part", no_wrap=True)
     for name in ("AR", "TiDAR"):
         for unit in (f"{name}\nGB", "\nGFLOP", "\nms"):
             table.add_column(unit, justify="right", no_wrap=True)
@@ -462,7 +462,7 @@ def _show_explained(explained: dict[str, Any]) -> None:
         same = [step["parts"][place] for step in explained["tidar"]]
         cells = [f"{sum(each[key] for each in each_kind):,.2f}" for each_kind in ([part], same) for key in _UNITS]
         table.add_row(part["name"], *cells)
-    out.print(table)
+    show_table(table)
     tokens = " + ".join(f"{step['tokens']:.0f}" for step in explained["tidar"])
     read = ""
     if explained["ar"]["touched_experts"]:

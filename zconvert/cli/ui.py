@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import typer
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -55,14 +56,26 @@ def size(count: int) -> str:
     return f"{count} bytes"
 
 
-def facts(rows: Iterable[tuple[str, str]]) -> Table:
-    """Names and what there is to say of them, a line each below a headline; what is long is folded beside its name."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, text in rows:
-        table.add_row(Text(f"  {name}"), Text(text))
-    return table
+def show_facts(rows: Iterable[tuple[str, str]], *, indent: int = 2, style: str = "") -> None:
+    """Prints names and what there is to say of them, a line each; what is long is folded beside its name.
+
+    Args:
+        rows: names, and what is said of them.
+        indent: columns before the names.
+        style: of the names.
+    """
+    facts = list(rows)
+    left = indent + max((len(name) for name, _ in facts), default=0) + 2
+    for name, said in facts:
+        text = Text(" " * indent).append(name.ljust(left - indent), style=style)
+        # Folded by `wrap`: rich breaks words longer than a line, and a broken path cannot be copied.
+        out.print(text.append(wrap(said, max(left + 20, out.width), first=left, indent=left)), soft_wrap=True)
+
+
+def show_table(table: Table, console: Console = out) -> None:
+    """Prints a table of numbers, wider than the terminal if it has to be: rich would cut them to make them fit."""
+    needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    console.print(table, width=max(console.width, needed), crop=False)
 
 
 def progress() -> Progress:

@@ -207,27 +207,24 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         UserError: it cannot be read, a line is not what it should be, or there is none.
     """
+    from zconvert.serving.batch import read_lines
+
     texts = []
-    expected = 'one JSON object a line, with a text under "prompt" or "text"'
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read", found=error.strerror, expected="a JSONL file of prompts") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text", found=error, expected=expected) from error
-    for number, line in enumerate(lines, 1):
+    expected, fix = 'one JSON object a line, with a text under "prompt" or "text"', "correct the line"
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number} is not JSON", found=error, expected=expected) from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number} is not JSON", found=error, expected=expected, fix=fix) from error
         text = row.get("prompt", row.get("text")) if isinstance(row, dict) else None
         if not isinstance(text, str):
-            raise UserError(f"{path}, line {number} has no prompt", found=line[:60], expected=expected)
+            raise UserError(f"{path}, line {number} has no prompt", found=line[:60], expected=expected, fix=fix)
         texts.append(text)
     if not texts:
-        raise UserError(f"{path} has no prompts", found="no lines", expected=expected)
+        fix = "give a file with some, or leave --prompts out"
+        raise UserError(f"{path} has no prompts", found="no lines", expected=expected, fix=fix)
     return texts
 
 
@@ -396,9 +393,11 @@ def _check_fit(settings: TidarSettings, block_size: int | None, proposals: tuple
     """Refuses a block or a count larger than the checkpoint was trained for."""
     expected = f"at most {settings.block_size}, the block size of the checkpoint"
     if block_size is not None and block_size > settings.block_size:
-        raise UserError("--block-size is larger than the checkpoint's", found=block_size, expected=expected)
+        fix = "choose a smaller one, or leave it out"
+        raise UserError("--block-size is larger than the checkpoint's", found=block_size, expected=expected, fix=fix)
     if proposals is not None and proposals[-1] > settings.block_size:
-        raise UserError("--proposals go past the checkpoint's blocks", found=proposals[-1], expected=expected)
+        fix = "choose smaller ones, or leave it out"
+        raise UserError("--proposals go past the checkpoint's blocks", found=proposals[-1], expected=expected, fix=fix)
 
 
 def _load(source: Source, dtype: str, device: str, threads: int | None) -> tuple[Any, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -253,13 +252,9 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or is none.
     """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read", found=error, expected="what `bench --json` printed") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{path} is no document of bench", expected="what `bench --json` printed")
-    return document
+    from zconvert.checkpoint.json_patch import parse_json_object, read_json_text
+
+    return parse_json_object(read_json_text(path), str(path))
 
 
 def parse_count(text: str) -> float:
@@ -284,7 +279,10 @@ def _read(targets: list[str], revision: str | None, token: str | None) -> tuple[
     others = [text for text in targets if not text.lower().endswith(_RECIPES)]
     if len(others) > 1:
         raise UserError(
-            "plan takes one checkpoint", found=", ".join(others), expected="a checkpoint, then recipes (*.yaml)"
+            "plan takes one checkpoint",
+            found=", ".join(others),
+            expected="a checkpoint, then recipes (*.yaml)",
+            fix="plan one after another",
         )
     if not others:
         others, revision = [recipes[0].base_model], revision or recipes[0].revision

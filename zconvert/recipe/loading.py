@@ -148,12 +148,17 @@ def _read_file(path: Path) -> tuple[dict[Any, Any], dict[KeyPath, int], list[Pro
         fix = "check the path; `zconvert recipes copy` gives some to begin with"
         raise UserError(f"there is no recipe {path}", fix=fix) from None
     except OSError as error:
-        raise UserError(f"recipe {path} cannot be read", found=error.strerror) from None
+        fix = "check the path and its permissions"
+        raise UserError(f"recipe {path} cannot be read", found=error.strerror, fix=fix) from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not a recipe", found="bytes that are not UTF-8", expected="a YAML file") from None
+        found, fix = "bytes that are not UTF-8", "save it as UTF-8 text"
+        raise UserError(f"{path} is not a recipe", found=found, expected="a YAML file", fix=fix) from None
     except ValueError as error:
         raise UserError(
-            f"{path} is not a recipe", found=error, expected="one YAML mapping of `key: value` lines"
+            f"{path} is not a recipe",
+            found=error,
+            expected="one YAML mapping of `key: value` lines",
+            fix="correct the line; `zconvert recipes copy` gives recipes to compare with",
         ) from None
 
 

@@ -133,12 +133,16 @@ def command(
     sets = [options.accepted_counts(each, block_size) for each in dict.fromkeys(proposals or [])] or [None]
     texts = list(BUILT_IN_PROMPTS) if prompts is None else read_prompts(prompts)
     texts = texts[:num_prompts]
+    if plot is not None and not plot.absolute().parent.is_dir():
+        raise UserError(
+            f"--plot {plot}: there is no such folder", found=plot.parent, fix="make it, or choose another one"
+        )
     with err.status(Text(f"Reading {checkpoint} …")):
         # Settings are checked before whole weights are fetched or read.
         source = resolve(checkpoint, revision=revision, token=token, weights=False)
         settings = require_converted(source)
         for counts in sets:
-            _check_fit(settings, block_size, counts)
+            options.require_fit(settings, block_size, counts)
         source = resolve(checkpoint, revision=revision, token=token)
         model, tokenizer = _load(source, str(dtype), str(device), threads)
         plain, helper = (
@@ -193,12 +197,12 @@ def command(
     if tune:
         assert times is not None
         document["tuning"] = tuning_of(times, settings, document)
-    if plot is not None:
-        draw(document, plot)
     if as_json:
         print_json(document)
     else:
         show(document)
+    if plot is not None:  # last: what was measured is told already, whatever becomes of the figure
+        draw(document, plot)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -387,17 +391,6 @@ def _of(count: int | None, total: int) -> str:
 
 def _list(items: list[Any]) -> str:
     return ", ".join(map(str, items))
-
-
-def _check_fit(settings: TidarSettings, block_size: int | None, proposals: tuple[int, ...] | None) -> None:
-    """Refuses a block or a count larger than the checkpoint was trained for."""
-    expected = f"at most {settings.block_size}, the block size of the checkpoint"
-    if block_size is not None and block_size > settings.block_size:
-        fix = "choose a smaller one, or leave it out"
-        raise UserError("--block-size is larger than the checkpoint's", found=block_size, expected=expected, fix=fix)
-    if proposals is not None and proposals[-1] > settings.block_size:
-        fix = "choose smaller ones, or leave it out"
-        raise UserError("--proposals go past the checkpoint's blocks", found=proposals[-1], expected=expected, fix=fix)
 
 
 def _load(source: Source, dtype: str, device: str, threads: int | None) -> tuple[Any, Any]:

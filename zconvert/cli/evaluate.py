@@ -130,24 +130,22 @@ def command(
     chosen = _samplers(samplers)
     source = resolve(checkpoint, revision=revision, token=token, weights=False)
     settings = require_converted(source)
+    options.require_fit(settings, block_size, counts)
     from zconvert.evaluation.tasks import load_task
 
     for name in names:  # before weights are fetched or read
         load_task(name)
     with err.status(Text(f"Loading {checkpoint} …")):
         from zconvert.evaluation.evaluate import Plan, evaluate
-        from zconvert.tidar.acceptance import Sampling
 
         samples = n or max(ks)
         heat = temperature if temperature is not None else 0.8 if samples > 1 else 0.0
-        if not 0 < top_p <= 1:
-            raise typer.BadParameter(f"{top_p:g} is not more than 0 and at most 1", param_hint="--top-p")
         plan = Plan(
             tasks=names,
             samplers=chosen,
             k=ks,
             n=samples,
-            sampling=Sampling(heat, top_p=top_p),
+            sampling=options.sampling(temperature=heat, top_p=top_p),
             limit=limit,
             max_new_tokens=max_new_tokens,
             chat=chat,
@@ -269,7 +267,8 @@ def _default_folder(source: Source) -> Path:
 def progress_bars() -> Iterator[Callable[[str, str, int, int], None]]:
     """Bars on stderr; yields what is told of each: a name, what is counted, how many, of how many."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[what]}"))
-    with Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err) as bars:
+    shown = err.is_terminal  # into a file, an empty line would be all
+    with Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err, disable=not shown) as bars:
         tasks: dict[str, Any] = {}
 
         def tell(name: str, what: str, done: int, total: int) -> None:

@@ -14,6 +14,7 @@ from zconvert.errors import UserError
 from zconvert.tidar.settings import TidarSettings, check_proposals
 
 if TYPE_CHECKING:
+    from zconvert.tidar.acceptance import Sampling
     from zconvert.tidar.decoding import DecodePlan
     from zconvert.tidar.engine import Engine
     from zconvert.tidar.model import LayoutModel
@@ -173,7 +174,7 @@ def plan(
     mode: Mode,
     proposals: tuple[int, ...] | None,
     block_size: int | None,
-    **sampling: Any,
+    **choices: Any,
 ) -> DecodePlan:
     """The decoding that these options ask for; its end tokens are left open.
 
@@ -184,20 +185,23 @@ def plan(
         mode: of --mode.
         proposals: of --proposals, see `accepted_counts`.
         block_size: of --block-size.
-        **sampling: fields of `Sampling`.
+        **choices: fields of `Sampling`.
 
     Raises:
         UserError: they do not go together, or with the checkpoint.
     """
-    from zconvert.tidar.acceptance import Sampling
     from zconvert.tidar.generate import plan_of
 
     if mode is Mode.AUTO and (proposals, block_size) != (None, None):
         raise typer.BadParameter("it chooses proposals and block sizes itself", param_hint="--mode auto")
+    if mix_weight is not None and sampler is not Sampler.MIXED:
+        raise typer.BadParameter("it goes with --sampler mixed", param_hint="--mix-weight")
+    require_fit(settings, block_size, proposals)
+    drawn = sampling(**choices)
     try:
         return plan_of(
             settings,
-            Sampling(**sampling),
+            drawn,
             frozenset(),
             sampler=str(sampler),
             mix_weight=mix_weight,
@@ -207,6 +211,40 @@ def plan(
         )
     except ValueError as error:
         raise UserError(f"these options cannot work: {error}", fix="see the command's --help") from error
+
+
+def sampling(**choices: Any) -> Sampling:
+    """How tokens are drawn.
+
+    Args:
+        **choices: fields of `Sampling`, which are options of the same names.
+
+    Raises:
+        typer.BadParameter: one is out of range.
+    """
+    from zconvert.tidar.acceptance import Sampling
+
+    try:
+        return Sampling(**choices)
+    except ValueError as error:
+        name = next((name for name in choices if str(error).startswith(f"{name} ")), "")
+        said = f"it {str(error).removeprefix(f'{name} ')}" if name else str(error)
+        raise typer.BadParameter(said, param_hint=f"--{name.replace('_', '-')}" if name else None) from None
+
+
+def require_fit(settings: TidarSettings, block_size: int | None, proposals: tuple[int, ...] | None) -> None:
+    """Refuses a block or an accepted count larger than the checkpoint was trained for.
+
+    Raises:
+        UserError: it is.
+    """
+    expected = f"at most {settings.block_size}, the block size of the checkpoint"
+    if block_size is not None and block_size > settings.block_size:
+        fix = "choose a smaller one, or leave it out"
+        raise UserError("--block-size is larger than the checkpoint's", found=block_size, expected=expected, fix=fix)
+    if proposals is not None and proposals[-1] > settings.block_size:
+        fix = "choose smaller ones, or leave it out"
+        raise UserError("--proposals go past the checkpoint's blocks", found=proposals[-1], expected=expected, fix=fix)
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:

@@ -38,8 +38,32 @@ def load_recipe(path: Path, model_class: type[RecipeT]) -> RecipeT:
     Raises:
         UserError: the file cannot be read, or its contents are wrong; all unknown keys and bad values in one error.
     """
-    fix = "correct these; recipes/ has a commented example of each stage"
+    try:
+        return _load(path, model_class)
+    except UserError as error:
+        foreign = "is not a known key" in (error.found or "")
+        others: tuple[type[RecipeFile], ...] = (*_RECIPES, PipelineRecipe)
+        for other in others if foreign else ():
+            if other is not model_class and _is_valid(path, other):
+                command = "run" if other is PipelineRecipe else other.stage
+                raise UserError(
+                    f"{path} is a {other.stage} recipe, not a {model_class.stage} recipe",
+                    fix=f"zconvert {command} {path}, or give another file",
+                ) from None
+        raise
+
+
+def _load(path: Path, model_class: type[RecipeT]) -> RecipeT:
+    fix = "correct these; `zconvert recipes copy` gives a commented example of each stage"
     return load_checked(path, model_class, kind=f"{model_class.stage} recipe", fix=fix, stage=model_class.stage)
+
+
+def _is_valid(path: Path, model_class: type[RecipeFile]) -> bool:
+    try:
+        _load(path, model_class)
+    except UserError:
+        return False
+    return True
 
 
 def load_training_recipe(path: Path) -> TrainingRecipe:
@@ -52,7 +76,7 @@ def load_training_recipe(path: Path) -> TrainingRecipe:
     refusals = []
     for kind in kinds:
         try:
-            return load_recipe(path, kind)
+            return _load(path, kind)
         except UserError as error:
             refusals.append(error)
     raise min(refusals, key=lambda error: (error.found or "").count("\n"))

@@ -79,6 +79,7 @@ def read_rows(path: Path) -> list[Row]:
             item = error.errors(include_url=False)[0]
             name = ".".join(map(str, item["loc"]))
             found = str(item["ctx"]["error"]) if item["type"] == "value_error" else item["msg"]
+            found = "there is no such key" if item["type"] == "extra_forbidden" else found
             raise UserError(
                 f"{path}, line {number} is no row of prompts",
                 found=f"{name}: {found}" if name else found,

@@ -42,7 +42,7 @@ def load_recipe(path: Path, model_class: type[RecipeT]) -> RecipeT:
         return _load(path, model_class)
     except UserError as error:
         foreign = "is not a known key" in (error.found or "")
-        others: tuple[type[RecipeFile], ...] = (*_RECIPES, PipelineRecipe)
+        others: tuple[type[RecipeFile], ...] = (PipelineRecipe, *reversed(_RECIPES))  # later ones ask for more
         for other in others if foreign else ():
             if other is not model_class and _is_valid(path, other):
                 command = "run" if other is PipelineRecipe else other.stage

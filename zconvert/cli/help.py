@@ -189,7 +189,7 @@ def _name(parameter: Any, record: str) -> str:
 def _said(parameter: Any, said: str, name: str) -> str:
     """The help of a parameter; what Typer adds in brackets in plain words."""
     text = parameter.help or ""
-    added = said.removeprefix(text).strip().removeprefix("[").removesuffix("]")
+    added = said.removeprefix(text).strip().removesuffix("]").lstrip("\\[")  # older ones escape the bracket
     added = re.sub(r"default: \((.*?)\)", r"default: \1", added)
     added = re.sub(r"\bx\b", name.rsplit(" ", 1)[-1] if " " in name else "N", added).replace("; ", ", ")
     return f"{text} [{added}]" if added else text

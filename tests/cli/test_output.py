@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -12,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
+from rich.table import Table
 
 from tests.checkpoint.tiny import make_checkpoint
 from tests.evaluation.test_evaluate import ROWS, write_task
 from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.source import resolve
+from zconvert.cli import ui
 from zconvert.cli.main import app
 from zconvert.cli.reference import walk
 from zconvert.tidar.settings import GatedParts
@@ -147,3 +151,26 @@ def test_an_error_in_a_narrow_terminal_keeps_paths_in_one_piece(made: Path) -> N
     code, shown = in_terminal(40, "inspect", missing, NO_COLOR="1")
     assert code == 1
     assert missing in shown
+
+
+def test_a_table_of_numbers_is_never_cut_to_fit() -> None:
+    console = Console(width=40, file=io.StringIO())
+    table = Table("", *map(str, range(9)))
+    table.add_row("name", *["123.45"] * 9)
+    ui.show_table(table, console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert shown.count("123.45") == 9
+    assert "…" not in shown
+
+
+def test_facts_are_folded_beside_their_name_and_never_within_a_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ui, "out", Console(width=40))
+    ui.show_facts([("place", "free in /a/very/long/path/that/does/not/fit/into/it"), ("n", "two\nlines")])
+    assert capsys.readouterr().out.splitlines() == [
+        "  place  free in",
+        "         /a/very/long/path/that/does/not/fit/into/it",
+        "  n      two",
+        "         lines",
+    ]

@@ -75,7 +75,9 @@ def show_facts(rows: Iterable[tuple[str, str]], *, indent: int = 2, style: str =
 def show_table(table: Table, console: Console = out) -> None:
     """Prints a table of numbers, wider than the terminal if it has to be: rich would cut them to make them fit."""
     needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
-    console.print(table, width=max(console.width, needed), crop=False)
+    if needed > console.width:
+        table.width = needed
+    console.print(table, crop=False)
 
 
 def progress() -> Progress:

@@ -4,6 +4,7 @@ A mark is a comment before a fence and says how its block is tested; several may
 
     <!-- test: with run, gated -->     these stand-ins (world.py) lie in the folder before it
     <!-- test: parse, REASON -->       its commands are only parsed, for the reason given
+    <!-- test: slow -->                they run in the slow test of the page, and are parsed in the quick one
     <!-- test: file NAME -->           its text is written into that file
     <!-- test: exit 1 -->              its commands end with this code
     <!-- test: output -->              a console block shows all that its commands print

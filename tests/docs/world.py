@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -102,7 +99,8 @@ PLACES = {
     "init": {"out/quickstart/init": "init"},
     "run": {"run": "run"},
     "exported": {"my-tidar-model": "exported"},
-    "data": {"train.jsonl": "train.jsonl", "chat.jsonl": "chat.jsonl", "questions.jsonl": "prompts.jsonl"},
+    "data": {"train.jsonl": "train.jsonl"},
+    "questions": {"questions.jsonl": "questions.jsonl"},
     "prompts": {"prompts.jsonl": "prompts.jsonl"},
     "task": {"my-copy.jsonl": "rows/gsm8k.jsonl"},
     "config": {"config.json": "source/config.json"},
@@ -125,15 +123,13 @@ def make_stand_ins(folder: Path) -> None:
     for name, more in {
         "train.jsonl": ["--split", "train", "--per-document", "2"],
         "prompts.jsonl": ["--split", "held_out"],
-        "chat.jsonl": ["--split", "train", "--chat"],
     }.items():
         subprocess.run([*problems, *more, "--out", str(folder / name)], check=True)
-    short = [json.loads(line) for line in (folder / "chat.jsonl").read_text().splitlines()]
-    rows = [{"messages": [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5."}]} for _ in short]
-    (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5."}]
+    rows = {"chat": [{"messages": said}] * 8, "questions": [{"prompt": "2+3?"}] * 3}
     (folder / "rows").mkdir()
-    for task, examples in ROWS.items():
-        (folder / "rows" / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in examples))
+    for name, lines in {**rows, **{f"rows/{task}": lines for task, lines in ROWS.items()}}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for name, mode in (("run", "full"), ("gated", "gated")):
         init = folder / ("init" if mode == "full" else "gated-init")
         _zconvert("convert-init", folder / "source", "--out", init, "--mode", mode, "--proposals", "1,3,5,8")
@@ -152,10 +148,16 @@ def _zconvert(*words: object) -> None:
 @contextlib.contextmanager
 def loopback(folder: Path) -> Iterator[LoopbackHub]:
     """A Hub with tiny models under the names of large ones, which can be pushed to."""
-    repositories = {
-        name: make_checkpoint(folder / family, family, mask_token=family == "zaya") for name, family in ON_THE_HUB.items()
-    }
-    with serve(LoopbackHub(repositories, pushes=Pushes(folder / "pushed"))) as hub, pytest.MonkeyPatch.context() as patch:
+    repositories = {}
+    for name, family in ON_THE_HUB.items():
+        repositories[name] = make_checkpoint(folder / family, family, mask_token=family == "zaya")
+        config = repositories[name] / "config.json"
+        settings = json.loads(config.read_text()) | {"max_position_embeddings": 2048}  # room for a task's examples
+        config.write_text(json.dumps(settings))
+    with (
+        serve(LoopbackHub(repositories, pushes=Pushes(folder / "pushed"))) as hub,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         (folder / "pushed").mkdir()
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.endpoint)
         for name, value in {

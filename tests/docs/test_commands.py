@@ -71,7 +71,7 @@ def go_through(page: Path, world: World, *, slow: bool) -> None:
 
 
 def run(command: Command, block: Block, world: World, *, slow: bool) -> None:
-    """Runs a command of a page, an export without its check unless slow; what a page shows has to be what is printed."""
+    """Runs a command of a page, an export without its check unless slow; output that is shown has to be what comes."""
     code, out, err = world.run(command, small="exit" not in block.marks, verify=slow)
     shown = f"{block.place}: {' '.join(command.words)}\n{out}\n{err}"
     assert code == int(block.marks.get("exit", 0)), shown
@@ -80,8 +80,8 @@ def run(command: Command, block: Block, world: World, *, slow: bool) -> None:
 
 
 def same(text: str) -> list[str]:
-    """Lines without the blanks at their ends."""
-    return [line.rstrip() for line in text.strip("\n").splitlines()]
+    """Lines without the blanks at their ends, and without sizes, which depend on the versions that files name."""
+    return [re.sub(r"[\d.]+ [kM]B", "… kB", line.rstrip()) for line in text.strip("\n").splitlines()]
 
 
 def parse(command: Command, place: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib.util
 import json
 import os
 import re
@@ -29,9 +30,12 @@ def of_language(*languages: str) -> list[Block]:
 
 
 def test_what_is_generated_is_up_to_date() -> None:
-    script = ROOT / "docs" / "generate.py"
-    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (0, ""), f"{done.stdout}{done.stderr}run python docs/generate.py"
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    assert generate.stale() == [], "run python docs/generate.py"
 
 
 def anchors(page: Path) -> Iterator[str]:
@@ -109,4 +113,4 @@ def test_an_exported_model_is_used_as_the_tutorial_says(world: World) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run([sys.executable, "-c", block.text], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("<bos>Mia has 27 apples.")
+    assert "Mia has 27 apples." in done.stdout

@@ -48,19 +48,30 @@ def recipe_tables() -> str:
     return "\n\n".join(parts)
 
 
-def _sections(model: type[Section], *, without: set[str], prefix: str = "", intro: str = "") -> Iterator[str]:
-    """The table of a section, and those of the sections in it, headed by their own keys."""
+def _sections(
+    model: type[Section], *, without: set[str], prefix: str = "", told: dict[type[Section], str] | None = None
+) -> Iterator[str]:
+    """The table of a section, then those of the sections in it, headed by their own keys; of equal ones the first."""
+    told = {} if told is None else told
     table = _table(model, prefix, without)
     if table:
-        yield (f"### `{prefix.removesuffix('.')}`\n\n{intro}\n\n" if prefix else "") + table
+        yield table
     for name, field in model.model_fields.items():
         inner, is_list = _section_in(field.annotation)
-        if name not in without and inner is not None:
-            default = ", needed" if field.is_required() else ""
-            about = f"{'A list of sections' if is_list else 'A section'}{default}: {_cell(field.description)}."
-            yield from _sections(
-                inner, without=set(), prefix=f"{prefix}{field.alias or name}{'[]' * is_list}.", intro=about
-            )
+        if inner is None or name in without:
+            continue
+        path = f"{prefix}{field.alias or name}{'[]' * is_list}"
+        needed = ", needed" if field.is_required() else ""
+        head = (
+            f"### `{path}`\n\n{'A list of sections' if is_list else 'A section'}{needed}: {_cell(field.description)}."
+        )
+        if inner in told:
+            yield f"{head} Its keys are those of `{told[inner]}`."
+            continue
+        told[inner] = path
+        first, *rest = _sections(inner, without=set(), prefix=f"{path}.", told=told)
+        yield f"{head}\n\n{first}"
+        yield from rest
 
 
 def _table(model: type[Section], prefix: str = "", without: set[str] | None = None) -> str:

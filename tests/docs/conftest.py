@@ -27,5 +27,5 @@ def world(stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
         shutil.copytree(ROOT / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".hub").mkdir()
-    with loopback(tmp_path / ".hub") as hub:
-        yield World(tmp_path, stand_ins, hub)
+    with loopback(tmp_path / ".hub"):
+        yield World(tmp_path, stand_ins)

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import typer
 
 from tests.docs.pages import PAGES, ROOT, SHELL, Block, Command, blocks
 from tests.docs.world import World
 from zconvert.cli.main import app
-from zconvert.recipe import BY_STAGE, load_pipeline, load_recipe
+from zconvert.recipe import BY_STAGE, load_recipe
 
 WITH_COMMANDS = [page for page in PAGES if any(block.language in SHELL for block in blocks(page))]
 
@@ -85,30 +82,13 @@ def same(text: str) -> list[str]:
 
 
 def parse(command: Command, place: str) -> None:
-    """Options and names of recipes must exist."""
-    words = list(command.words)
-    words = words[words.index("zconvert") + 1 :]
-    check_options(words, place)
+    """The real command line takes the words, and the recipes that they name are right; nothing is run."""
+    name, *words = command.words[command.words.index("zconvert") + 1 :]
+    assert name in CLI.commands, f"{place}: there is no command {name}"
+    CLI.commands[name].make_context(name, list(words))
     for word in words:
-        if word.endswith(".yaml") and word.startswith("recipes/"):
-            if Path(word).stem.startswith("pipeline"):
-                load_pipeline(ROOT / word)
-            else:
-                load_recipe(ROOT / word, BY_STAGE[words[0]])
-
-
-def check_options(words: list[str], place: str) -> None:
-    """Parses by the real command line; nothing is run."""
-    name, rest = words[0], words[1:]
-    group = CLI
-    assert name in group.commands, f"{place}: there is no command {name}"
-    command = group.commands[name]
-    if isinstance(command, click.Group) or hasattr(command, "commands"):
-        command, rest = command.commands[rest[0]], rest[1:]
-    try:
-        command.make_context(name, rest)
-    except click.exceptions.UsageError as error:
-        pytest.fail(f"{place}: {' '.join(words)}: {error.format_message()}")
+        if word.startswith("recipes/"):
+            load_recipe(ROOT / word, BY_STAGE[name])
 
 
 def look_at(command: Command, place: str) -> None:
@@ -126,14 +106,11 @@ def look_at(command: Command, place: str) -> None:
     elif program == "python" and words[:2] == ["-m", "pytest"]:
         assert [word for word in words if word.endswith(".py") and not (ROOT / word).exists()] == [], place
     elif program == "python":
-        script = words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0]
-        assert (ROOT / script).exists(), place
-        if script.startswith("examples/tiny-zaya/problems.py"):
-            subprocess.run([sys.executable, *words], check=True)
+        assert (ROOT / words[0]).exists(), place
     elif program == "curl":
         json.loads(words[words.index("-d") + 1])
     else:
-        assert (program, *words[:1]) in {("hf", "auth"), ("git", "clone")}, f"{place}: {program} is not looked at"
+        pytest.fail(f"{place}: nobody looks at {program}")
 
 
 def test_no_command_is_skipped() -> None:

@@ -43,7 +43,6 @@ class World:
     folder: Path
     made: Path
     """stand-ins made once for all pages"""
-    hub: LoopbackHub
 
     def put(self, name: str) -> None:
         """Puts a stand-in into its place, where nothing is there yet."""
@@ -110,10 +109,8 @@ PLACES = {
     "init": {"out/quickstart/init": "init"},
     "run": {"run": "run"},
     "exported": {"my-tidar-model": "exported"},
-    "data": {"train.jsonl": "train.jsonl"},
     "questions": {"questions.jsonl": "questions.jsonl"},
     "prompts": {"prompts.jsonl": "prompts.jsonl"},
-    "task": {"my-copy.jsonl": "rows/gsm8k.jsonl"},
     "config": {"config.json": "source/config.json"},
     "quickstart": {
         "out/quickstart/init": "init",
@@ -157,7 +154,7 @@ def _zconvert(*words: object) -> None:
 
 
 @contextlib.contextmanager
-def loopback(folder: Path) -> Iterator[LoopbackHub]:
+def loopback(folder: Path) -> Iterator[None]:
     """A Hub with tiny models under the names of large ones, which can be pushed to."""
     repositories = {}
     for name, family in ON_THE_HUB.items():
@@ -180,4 +177,4 @@ def loopback(folder: Path) -> Iterator[LoopbackHub]:
         }.items():
             patch.setattr(constants, name, value)
         patch.setenv("HF_TOKEN", TOKEN)
-        yield hub
+        yield

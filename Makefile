@@ -6,7 +6,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt
-SOURCES := zconvert tests examples benchmarks
+SOURCES := zconvert tests examples benchmarks docs
 
 # Tests work on tiny tensors: more threads than idle cores make them many times slower.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false

@@ -55,13 +55,18 @@ def command(
         base, output = recipes[-1][1].output_dir, Path(export.output_dir).expanduser()
         stages.append(export_stage(base, output, lambda: _discard(export_shown(base, output, verify=True))))
 
+    told: list[Stage] = []
+
     def tell(stage: Stage, status: Status) -> None:
+        told.append(stage)
         words = {"complete": "complete and unchanged, skipped", "begun": "goes on", "missing": "runs"}
         err.print(Text.assemble((stage.name, "bold"), f" → {stage.output}: {words[status]}"), soft_wrap=True)
 
     run_pipeline(stages, tell, adopt=adopt, dry_run=dry_run)
     if not dry_run:
         out.print(Text(str(stages[-1].output)), soft_wrap=True)
+    for stage in stages[len(told) :]:  # a dry run ends where a stage would run
+        err.print(Text.assemble((stage.name, "bold"), f" → {stage.output}: after it"), soft_wrap=True)
 
 
 def _runner(recipe: Recipe) -> Callable[[], None]:

@@ -18,6 +18,7 @@ from typing import Any
 from zconvert.errors import UserError
 
 _DECODER = json.JSONDecoder()
+_AGAIN = "download or copy the file again"
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -41,9 +42,11 @@ def read_json_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except OSError as error:
-        raise UserError(f"{path} cannot be read", found=error.strerror) from error
+        raise UserError(
+            f"{path} cannot be read", found=error.strerror, fix="check the path and its permissions"
+        ) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a JSON file", found=str(error), expected="UTF-8 text") from error
+        raise UserError(f"{path} is not a JSON file", found=str(error), expected="UTF-8 text", fix=_AGAIN) from error
 
 
 def parse_json_object(text: str, name: str = "JSON") -> dict[str, Any]:
@@ -56,9 +59,9 @@ def parse_json_object(text: str, name: str = "JSON") -> dict[str, Any]:
         with _collector_paused():
             document = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{name} is malformed", found=str(error), expected="a JSON object") from error
+        raise UserError(f"{name} is malformed", found=str(error), expected="a JSON object", fix=_AGAIN) from error
     if not isinstance(document, dict):
-        raise UserError(f"{name} is malformed", found=type(document).__name__, expected="a JSON object")
+        raise UserError(f"{name} is malformed", found=type(document).__name__, expected="a JSON object", fix=_AGAIN)
     return document
 
 
@@ -112,7 +115,8 @@ def patch_json(
         start = item.value_start
         if text[start] != "{":
             path = ".".join(inside[: depth + 1])
-            raise UserError(f"{name} is not as expected: {path} is no object", found=text[start : start + 40])
+            found = text[start : start + 40]
+            raise UserError(f"{name} is not as expected: {path} is no object", found=found, fix=_AGAIN)
     unit = _indent_unit(text)
     for key in remove:
         while (item := _find(text, start, key)) is not None and key not in changes:
@@ -142,7 +146,8 @@ def append_to_list(text: str, key: str, item: Any, *, name: str = "JSON") -> str
     if member is None:
         return patch_json(text, {key: [item]}, name=name)
     if text[member.value_start] != "[":
-        raise UserError(f"{name} is not as expected: {key} is no list", found=text[member.value_start :][:40])
+        found = text[member.value_start :][:40]
+        raise UserError(f"{name} is not as expected: {key} is no list", found=found, fix=_AGAIN)
     new = _append(text, member.value_start, "", item, _indent_unit(text))
     _verify(new, document, {key: [*document[key], item]}, set(), (), name)
     return new

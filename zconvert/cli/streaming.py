@@ -113,8 +113,11 @@ def show_plain(piece: str, forward: int) -> None:
 
 
 def show_blocks(piece: str, forward: int) -> None:
-    """Each forward in another colour than the one before."""
-    out.print(Text(safe(piece), style=_BLOCK_STYLES[forward % 2]), end="", soft_wrap=True)
+    """Each forward in another colour than the one before; in brackets on a terminal without colours."""
+    text = safe(piece)
+    if out.is_terminal and out.color_system is None and piece:
+        text = f"[{text}]"
+    out.print(Text(text, style=_BLOCK_STYLES[forward % 2]), end="", soft_wrap=True)
 
 
 def show_nothing(piece: str, forward: int) -> None:

@@ -19,7 +19,14 @@ from zconvert.cli.ui import EXIT_ERROR, err, out
 from zconvert.errors import UserError
 from zconvert.recipe import TrainingRecipe
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="Recipe of the stage.", show_default=False)]
+RecipeFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE.yaml",
+        help="Recipe of the stage; `zconvert recipes copy` has some to begin with.",
+        show_default=False,
+    ),
+]
 
 
 def run(settings: TrainingRecipe) -> None:

@@ -17,7 +17,12 @@ def draw(document: dict[str, Any], path: Path) -> None:
         UserError: no matplotlib, or the file cannot be written.
     """
     if path.suffix.lower() != ".png":
-        raise UserError(f"{path} cannot be written", found=f"the ending {path.suffix!r}", expected="a PNG file's path")
+        raise UserError(
+            f"{path} cannot be written",
+            found=f"the ending {path.suffix!r}",
+            expected="a PNG file's path",
+            fix="choose a name that ends in .png",
+        )
     entries = [entry for entry in document["results"] if "speedup" in entry]
     names = list(dict.fromkeys(entry["name"] for entry in entries))
     places = list(dict.fromkeys(map(_place, entries)))

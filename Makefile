@@ -37,8 +37,9 @@ format: .venv/.installed-dev ## put the sources into shape
 	$(BIN)/python -m ruff check --fix $(SOURCES)
 	$(BIN)/python -m ruff format $(SOURCES)
 
-docs: .venv/.installed ## write docs/cli.md anew, from the help of the commands
+docs: .venv/.installed ## write anew what docs/ has from the code: commands, recipes, families, masks
 	$(BIN)/python -m zconvert.cli.reference
+	$(BIN)/python docs/generate.py
 
 install: .venv/.installed-dev ## only make .venv
 

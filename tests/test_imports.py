@@ -14,12 +14,13 @@ import zconvert
 
 PACKAGE = Path(zconvert.__file__).parent
 
-LEAVES = {"errors", "recipe", "tidar"}
+LEAVES = {"errors", "formats", "recipe", "tidar"}
 LIBRARY = LEAVES | {"data", "checkpoint", "planning", "page"}
 ALLOWED = {
     "__init__": set(),
     "__main__": {"cli"},
     "errors": set(),
+    "formats": {"errors"},
     "tidar": set(),
     "recipe": {"errors", "tidar.settings"},  # settings: one definition of the block size and its checks
     "data": LEAVES | {"checkpoint.folder"},  # folders that appear whole: tokenised data are kept in such

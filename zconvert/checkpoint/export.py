@@ -92,7 +92,7 @@ def export(
         )
     config, headers = read_config(source), read_headers(source)
     layout = plan_layout(headers, dtype, max_shard_size)
-    document = read_json(source / PROVENANCE_FILE)
+    document = read_provenance(source)
     results = document.get("results") if results is None else results
     history, attached, inherited = history_of(source), _attached(source), inherited_metadata(source)
     texts = _checked_texts(source, headers, config, settings)

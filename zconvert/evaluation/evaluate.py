@@ -27,7 +27,6 @@ from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.settings import TidarSettings
 
 
-
 @dataclass(frozen=True)
 class Plan:
     """What is to be measured."""

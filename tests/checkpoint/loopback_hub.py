@@ -116,7 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
         if (pushed is None and rest[1:2] and rest[1] not in ("main", COMMIT)) or commit == "":
             return self._refuse(404, "RevisionNotFound")
         entry = entry_of if pushes is not None else _entry
-        files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+        listed = sorted(folder.rglob("*")) if api else []  # not for each of a hundred shards
+        files = {p.relative_to(folder).as_posix(): p for p in listed if p.is_file()}
         if api and rest[:1] in ([], ["revision"]):
             private = pushed is not None and pushed.private
             siblings = [{"rfilename": path} for path in files]

@@ -120,3 +120,8 @@ def run_python(code: str) -> str:
 def test_importing_it_in_a_fresh_interpreter_loads_no_torch(module: str) -> None:
     loaded = run_python(f"import sys, {module}; print(*sys.modules)").split()
     assert not {"torch", "transformers", "accelerate", "numpy"} & set(loaded)
+
+
+def test_the_command_line_starts_without_what_only_some_commands_need() -> None:
+    loaded = run_python("import sys, zconvert.cli.main; print(*sys.modules)").split()
+    assert not {"pydantic", "yaml", "huggingface_hub", "datasets", "matplotlib", "uvicorn"} & set(loaded)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import socket
@@ -190,7 +191,12 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _digest(path: Path) -> str:
     """Something that is another for other contents; whole shards of large files are not read for it."""
-    size = path.stat().st_size
+    stat = path.stat()
+    return _digest_of(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.cache
+def _digest_of(path: Path, size: int, _modified: int) -> str:
     with path.open("rb") as file:
         return hashlib.sha1(file.read(1 << 20) + str(size).encode()).hexdigest()
 

@@ -98,8 +98,9 @@ def find_tensor(headers: Headers, endings: Iterable[str]) -> TensorInfo | None:
             if ending[1:] in headers.tensors:
                 return headers.tensors[ending[1:]]
             continue
+        inside = f".{ending}"
         for name, tensor in headers.tensors.items():
-            if name == ending or name.endswith(f".{ending}"):
+            if name == ending or name.endswith(inside):
                 return tensor
     return None
 

@@ -12,11 +12,12 @@ from rich.text import Text
 from zconvert.cli.launch import TorchrunOptions, launch, speaks
 from zconvert.cli.training import RecipeFile, run_shown
 from zconvert.cli.ui import err, out
-from zconvert.recipe import ExtendContextRecipe, load_recipe
 
 
 def command(recipe: RecipeFile, torchrun: TorchrunOptions = None) -> None:
     """Train on longer documents with positions that reach further; tells the loss by position before and after."""
+    from zconvert.recipe import ExtendContextRecipe, load_recipe
+
     settings = load_recipe(recipe, ExtendContextRecipe)
     if torchrun:
         launch([settings.stage, str(recipe)], torchrun)

@@ -18,7 +18,6 @@ from zconvert.errors import UserError
 from zconvert.planning.acceptance import DEFAULT_CURVE, PUBLISHED, find_curve
 from zconvert.planning.decoding import Cell, Device, device_for, predict
 from zconvert.planning.heatmap import MODES, heat_map
-from zconvert.planning.machines import find_machine
 from zconvert.planning.plan import (
     BATCHES,
     CONTEXTS,
@@ -32,7 +31,6 @@ from zconvert.planning.plan import (
 )
 from zconvert.planning.target import Target, find_target
 from zconvert.planning.workload import Workload, frozen_bits, workload_of
-from zconvert.recipe import load_training_recipe
 from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, MAX_BLOCK_SIZE, GatedParts
 
 _RECIPES = (".yaml", ".yml")
@@ -95,6 +93,8 @@ def command(
     token: options.Token = None,
 ) -> None:
     """Tell what a conversion costs and whether it pays, before anything is spent."""
+    from zconvert.planning.machines import find_machine
+
     counts = options.accepted_counts(proposals, block_size)
     batches = BATCHES if batch is None else options.numbers(batch, "--batch")
     contexts = CONTEXTS if context is None else options.numbers(context, "--context")
@@ -211,6 +211,8 @@ def parse_count(text: str) -> float:
 
 
 def _read(targets: list[str], revision: str | None, token: str | None) -> tuple[Target, list[Any]]:
+    from zconvert.recipe import load_training_recipe
+
     recipes = [load_training_recipe(Path(text)) for text in targets if text.lower().endswith(_RECIPES)]
     others = [text for text in targets if not text.lower().endswith(_RECIPES)]
     if len(others) > 1:

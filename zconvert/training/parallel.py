@@ -111,7 +111,7 @@ class Parallel:
         if self.world == 1:
             return load_model(source, dtype=dtype, device=self.device.type)
         check_experts(source, self.recipe.expert_parallel)
-        config = _sharding(self.fsdp, self.world // self.fsdp, self.recipe.expert_parallel)
+        config = sharding(self.fsdp, self.world // self.fsdp, self.recipe.expert_parallel)
         with _layer_by_layer():
             model, tokenizer = load_model(source, dtype=dtype, sharding=config)
         _make_runnable(model)
@@ -355,8 +355,13 @@ def check_experts(source: Source, size: int) -> None:
     )
 
 
-def _sharding(fsdp: int, replicas: int, experts: int) -> Any:
+def sharding(fsdp: int, replicas: int, experts: int) -> Any:
     """How transformers is to share a model.
+
+    Args:
+        fsdp: processes that hold one copy of the weights.
+        replicas: copies.
+        experts: processes that share a layer's experts.
 
     Raises:
         UserError: it is too old to know.

@@ -15,7 +15,7 @@ from zconvert.errors import UserError
 PROVENANCE = 1
 """`provenance.json` of a checkpoint"""
 EVALUATION = 1
-"""`settings.json` and `results.json` of an evaluation; its samples go with them"""
+"""`settings.json` and `results.json` of an evaluation; samples go with the first"""
 TOKENISED = 1
 """`documents.json` of tokenised documents"""
 TRAIN_STATE = 1

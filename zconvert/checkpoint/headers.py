@@ -161,10 +161,10 @@ def read_headers(folder: Path, files: ShardFiles | None = None) -> Headers:
                 fix="download or copy the missing file",
             )
         tensors, shard = _read_shard(files, folder, name)
-        if twice := min(tensors.keys() & all_tensors.keys(), default=None):
+        if twice := sorted(tensors.keys() & all_tensors.keys()):
             raise UserError(
                 f"{folder}: two shards hold a tensor of the same name",
-                found=f"{twice} in {all_tensors[twice].shard} and in {name}",
+                found=f"{twice[0]} in {all_tensors[twice[0]].shard} and in {name}",
                 expected="each tensor once",
                 fix="the shards are of different checkpoints: download them again, all of one revision",
             )

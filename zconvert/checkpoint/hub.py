@@ -31,8 +31,9 @@ TRANSIENT = (408, 429, 500, 502, 503, 504)
 _WAITS = (1.0, 4.0)
 """seconds before that, beside what its client does by itself"""
 _SHA256 = re.compile("[0-9a-f]{64}")
-_ENTRY_BYTES, _FRAME_BYTES = 84, 200
-"""of a tensor in a shard's header beside its name, and of the rest, rather too many: one request then has it whole"""
+_ENTRY_BYTES, _FRAME_BYTES = 96, 200
+"""of a tensor in a shard's header beside its name, and of the rest, rather too many: one request then has it whole.
+`"":{"dtype":"F8_E4M3","shape":[128,2880,5760],"data_offsets":[49999999999,49999999999]},` is 88 bytes"""
 
 Progress = Callable[[int, int], None]
 """called with the bytes fetched and the bytes to fetch, as far as these are known yet"""

@@ -19,12 +19,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeGuard
 
+from zconvert.checkpoint.small_files import read_small, require_file
 from zconvert.errors import UserError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
 """the limit of the safetensors library; a longer header is damage or an attack"""
+MOST_DIMENSIONS = 64
+"""of a tensor, as torch has it; with millions of them their product alone would take hours"""
+_MOST_SIZE = 2**63
 
 DTYPE_BITS = {
     **dict.fromkeys(("F4",), 4),
@@ -112,7 +116,7 @@ class FolderFiles:
 
     def size(self, name: str) -> int:
         """Size of a file in bytes; the one a link points to."""
-        return (self.folder / name).stat().st_size
+        return require_file(self.folder / name)
 
     def open(self, name: str) -> BinaryIO:
         """Opens a file to read."""
@@ -149,7 +153,7 @@ def read_headers(folder: Path, files: ShardFiles | None = None) -> Headers:
         return Headers(tensors, (shard,), dict(shard.metadata))
     if INDEX_FILE not in names:
         raise _no_weights(folder, names)
-    weight_map = _read_weight_map(folder / INDEX_FILE)
+    weight_map = read_weight_map(folder / INDEX_FILE)
     all_tensors: dict[str, TensorInfo] = {}
     shards: list[Shard] = []
     metadata: dict[str, str] = {}
@@ -216,8 +220,11 @@ def _parse(text: bytes, path: Path, *, data_start: int, size: int) -> tuple[dict
             raise _damaged(path, "the header has a name twice", repeated, "each name once")
         return members
 
+    def no_constant(name: str) -> Any:
+        raise ValueError(f"{name} is no JSON")  # Python's parser takes NaN, others do not
+
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=no_repeats)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=no_repeats, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
         raise _damaged(path, "the header is not JSON", error, "a JSON object") from error
     if not isinstance(header, dict):
@@ -242,8 +249,9 @@ def _parse_tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorI
             expected=f"one of {', '.join(DTYPE_BITS)}",
             fix="the file is damaged, or newer than this version: download it again, or upgrade zconvert",
         )
-    if not _is_sizes(shape):
-        raise _damaged(path, f"tensor {name} has a malformed shape", shape, "a list of whole numbers from 0")
+    if not _is_sizes(shape) or len(shape) > MOST_DIMENSIONS:
+        expected = f"at most {MOST_DIMENSIONS} whole numbers from 0, below 2^63"
+        raise _damaged(path, f"tensor {name} has a malformed shape", shape, expected)
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _damaged(path, f"tensor {name} has malformed data_offsets", offsets, "[begin, end], begin ≤ end")
     bits = math.prod(shape) * DTYPE_BITS[dtype]
@@ -271,9 +279,14 @@ def _check_cover(path: Path, tensors: list[TensorInfo], data_start: int, size: i
         raise _damaged(path, "there are bytes of no tensor at the end", f"{size} bytes", f"{position} bytes")
 
 
-def _read_weight_map(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file beside the index, as an index of shards has it; whether they are there is not looked at.
+
+    Raises:
+        UserError: it cannot be read, is malformed, or names what is no file beside it.
+    """
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(read_small(index).decode("utf-8"))["weight_map"]
     except OSError as error:
         raise _damaged(index, "the index cannot be read", error.strerror, "a JSON file") from error
     except (ValueError, RecursionError, KeyError, TypeError) as error:
@@ -327,7 +340,7 @@ def _no_weights(folder: Path, names: Iterable[str]) -> UserError:
 
 
 def _is_sizes(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < _MOST_SIZE for n in value)
 
 
 def _damaged(path: Path, what: str, found: object, expected: object) -> UserError:

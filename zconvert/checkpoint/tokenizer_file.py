@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from zconvert.checkpoint.small_files import read_small
 from zconvert.errors import UserError
 
 # A member called merges with a list of texts or of pairs of texts. Inside of a text the quotes around its name would be
@@ -25,7 +26,7 @@ def read_without_merges(path: Path) -> str:
         UserError: the file cannot be read, or is not UTF-8.
     """
     try:
-        return _MERGES.sub(b'"merges":[]', path.read_bytes()).decode("utf-8")
+        return _MERGES.sub(b'"merges":[]', read_small(path)).decode("utf-8")
     except OSError as error:
         raise UserError(f"{path} cannot be read", found=error.strerror) from error
     except UnicodeDecodeError as error:

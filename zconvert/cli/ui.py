@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -23,9 +24,33 @@ from zconvert.errors import UserError
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 
-out = Console(highlight=False)
+
+class _SafeConsole(Console):
+    """Prints what strangers wrote, in checkpoints, rows and texts, as text: no markup, and nothing steers a terminal."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As rich does it; all that is printed comes through here, tables and bars too."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=safe(segment.text))
+
+
+def safe(text: str) -> str:
+    r"""Without control characters, which would steer the terminal or turn the direction of the text around them.
+
+    >>> safe("a\x1b[2Jb\u202e")
+    'a\N{REPLACEMENT CHARACTER}[2Jb\N{REPLACEMENT CHARACTER}'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in _HARMLESS else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+# White space of other scripts, and the joiners of some, are harmless too.
+_HARMLESS = frozenset("\n\t\N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}\N{IDEOGRAPHIC SPACE}\u200c\u200d")
+
+out = _SafeConsole(highlight=False, markup=False, emoji=False)
 """results: tables and text on stdout"""
-err = Console(stderr=True, highlight=False)
+err = _SafeConsole(stderr=True, highlight=False, markup=False, emoji=False)
 """progress and errors on stderr"""
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -65,7 +90,7 @@ def facts(rows: Iterable[tuple[str, str]]) -> Table:
 def progress() -> Progress:
     """A bar on stderr for what is counted; none where nobody looks on."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -156,4 +181,5 @@ def _debugging() -> bool:
 
 def _print_traceback() -> None:
     if _debugging():
-        sys.stderr.write(traceback.format_exc())
+        text = traceback.format_exc()
+        sys.stderr.write(safe(text) if sys.stderr.isatty() else text)

@@ -53,9 +53,8 @@ def main() -> None:
 
 def _with_hypothesis(target: str, minutes: float) -> None:
     from hypothesis import HealthCheck, given, settings
-    from hypothesis import strategies as st
 
-    from tests.fuzz.targets import TARGETS
+    from tests.fuzz.targets import TARGETS, inputs
 
     end, runs = time.monotonic() + 60 * minutes, 0
 

@@ -11,7 +11,23 @@ from typing import Any
 ODD: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 7, 2**31, 2**32, 2**63 - 1, 2**63, 2**64, -(2**63), 10**40, 0.5, -0.0, 1e308),
     *(float("inf"), float("nan"), "", " ", "a", ".", "..", "/", "../a.safetensors", "/etc/passwd", "a.safetensors"),
-    *("\x1b[2J", "\0", "\ud800", "[red]", "%s{0}", "auto", "null", "1", "1e-5", "x" * 3000, [], {}, [[]], [0, 1], [1, 0]),
+    *(
+        "\x1b[2J",
+        "\0",
+        "\ud800",
+        "[red]",
+        "%s{0}",
+        "auto",
+        "null",
+        "1",
+        "1e-5",
+        "x" * 3000,
+        [],
+        {},
+        [[]],
+        [0, 1],
+        [1, 0],
+    ),
     *([None], ["a", 1], {"": 0}, {"a": {"b": []}}, [[[[[[[[]]]]]]]]),
 )
 """values that programs stumble over"""
@@ -21,7 +37,9 @@ Parse = Callable[[str], Any]
 Write = Callable[[Any], str]
 
 
-def mutate(data: bytes, random: Random, *, prefix: int = 0, parse: Parse = json.loads, write: Write = json.dumps) -> bytes:
+def mutate(
+    data: bytes, random: Random, *, prefix: int = 0, parse: Parse = json.loads, write: Write = json.dumps
+) -> bytes:
     """The document with a few of its values changed, moved, repeated or taken out.
 
     Args:

@@ -50,18 +50,34 @@ def seeds(target: str) -> list[bytes]:
         return [json.dumps(_INDEX).encode()]
     if target == "recipe":
         stages = ("convert-init", "midtrain", "extend-context", "sft")
-        files = [(bytes([stages.index(path.stem)]), path) for path in sorted(RECIPES.glob("*/*.yaml")) if path.stem in stages]
+        files = [
+            (bytes([stages.index(path.stem)]), path) for path in sorted(RECIPES.glob("*/*.yaml")) if path.stem in stages
+        ]
         return [stage + path.read_bytes() for stage, path in files]
     if target == "json_patch":
-        document = {"a": 1, "old": [1, {"b": None}], "inner": {"deeper": {"gone": 1.5e3}}, "ids": [1], "gone": "\\u00e9"}
+        document = {
+            "a": 1,
+            "old": [1, {"b": None}],
+            "inner": {"deeper": {"gone": 1.5e3}},
+            "ids": [1],
+            "gone": "\\u00e9",
+        }
         texts = [json.dumps(document), json.dumps(document, indent=2), json.dumps(document, separators=(",", ":"))]
         return [bytes([how]) + text.encode() for how in range(12) for text in [*texts, "{}"]]
     if target == "request":
         chat = {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]}
-        prompts = [{"prompt": "Once"}, {"prompt": [[1, 2], "x"]}, chat, {**chat, "stream_options": {"include_usage": True}}]
+        prompts = [
+            {"prompt": "Once"},
+            {"prompt": [[1, 2], "x"]},
+            chat,
+            {**chat, "stream_options": {"include_usage": True}},
+        ]
         return [json.dumps({**_ASKED, **prompt}).encode() for prompt in prompts]
     if target == "config":
         composite = {"model_type": "llama4", "text_config": {**_CONFIG, "model_type": "llama4_text"}}
         others = ("zaya", "deepseek_v3", "mixtral", "llama", "glm4_moe", "gpt_oss")
-        return [json.dumps(each).encode() for each in (_CONFIG, composite, *({**_CONFIG, "model_type": name} for name in others))]
+        return [
+            json.dumps(each).encode()
+            for each in (_CONFIG, composite, *({**_CONFIG, "model_type": name} for name in others))
+        ]
     raise ValueError(f"no target {target}")

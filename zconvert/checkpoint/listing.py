@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from zconvert.checkpoint.headers import INDEX_FILE, FolderFiles, Headers, Shard, TensorInfo, read_header, read_weight_map
+from zconvert.checkpoint.headers import (
+    INDEX_FILE,
+    FolderFiles,
+    Headers,
+    Shard,
+    TensorInfo,
+    read_header,
+    read_weight_map,
+)
 from zconvert.checkpoint.source import Source, headers_of
 from zconvert.checkpoint.verdict import sentence
 from zconvert.errors import UserError

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from zconvert.checkpoint.anatomy import layers_of
+from zconvert.checkpoint.folder import companions
+from zconvert.checkpoint.headers import Headers
 from zconvert.checkpoint.mask_token import read_vocabulary
 from zconvert.checkpoint.quantisation import UNPACKED_AT_LOAD, quantisation
 from zconvert.checkpoint.source import Source, headers_of, read_config, tidar_settings
@@ -48,6 +51,7 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto", sha
                 dtype=wanted,
                 output_loading_info=True,
                 distributed_config=sharding,
+                use_safetensors=True,
                 **_unpacking(source),
                 **_LOCAL,
             )
@@ -82,6 +86,7 @@ def load_tokenizer(source: Source) -> Any:
     """
     from transformers import AutoTokenizer
 
+    companions(source.folder)  # see `_check_own`: this may come first
     with _quiet():
         try:
             return AutoTokenizer.from_pretrained(source.folder, **_LOCAL)
@@ -142,8 +147,10 @@ def _unpacking(source: Source) -> dict[str, Any]:
 
 def _check_files(source: Source) -> None:
     """Refuses what transformers would load as something else: without tokenizer files it makes up an empty one."""
-    headers_of(source)  # damaged weights are told apart better here than by a loader
-    vocabulary, settings = read_vocabulary(source.folder), tidar_settings(read_config(source.folder))
+    headers = headers_of(source)  # damaged weights are told apart better here than by a loader
+    config = read_config(source.folder)
+    _check_own(source, config, headers)
+    vocabulary, settings = read_vocabulary(source.folder), tidar_settings(config)
     if settings is None:
         return
     if not settings.virtual and vocabulary.ids.get(settings.mask_token) != settings.mask_token_id:
@@ -161,6 +168,31 @@ def _check_files(source: Source) -> None:
             found=f"no {GATED_FILE}",
             expected=f"the weights that {', '.join(trained)} trained",
             fix="copy or download the checkpoint again, with its folders",
+        )
+
+
+def _check_own(source: Source, config: dict[str, Any], headers: Headers) -> None:
+    """Refuses what would have transformers load something else than this folder, or run what is not its own."""
+    companions(source.folder)  # all that transformers may read are files, and no links out of the folder
+    model = language_config(config)
+    strays = [
+        f"{key}: {value!r:.100}"
+        for key, value in [*config.items(), *model.items()]
+        # Other weights than those that were looked at; and attention by code that is fetched from the Hub.
+        if key == "transformers_weights" or ("implementation" in key and "/" in str(value))
+    ]
+    if (source.folder / "adapter_config.json").exists():  # transformers would load the model that it names, with peft
+        strays.append("adapter_config.json beside a model's weights")
+    # A layer has some tensors. One that has none would be made up, be there a million of them or of another width.
+    layers = layers_of(model) or 0
+    if layers > len(headers.tensors):
+        strays.append(f"num_hidden_layers: {layers:,}, and weights of {len(headers.tensors):,} tensors")
+    if strays:
+        raise UserError(
+            f"{source.name} asks for something that is no part of it",
+            found="; ".join(dict.fromkeys(strays)),
+            expected="a model whose config.json and weights are all there is to it",
+            fix="take a checkpoint that you trust, or mend its config.json",
         )
 
 

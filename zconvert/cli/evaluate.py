@@ -211,7 +211,12 @@ def _default_folder(source: Source) -> Path:
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, str, int, int], None]]:
     """Bars on stderr; yields what is told of each: a name, what is counted, how many, of how many."""
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[what]}"))
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[what]}"),
+    )
     with Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err) as bars:
         tasks: dict[str, Any] = {}
 

@@ -26,7 +26,7 @@ EXIT_INTERRUPTED = 130
 
 
 class _SafeConsole(Console):
-    """Prints what strangers wrote, in checkpoints, rows and texts, as text: no markup, and nothing steers a terminal."""
+    """Prints what strangers wrote in checkpoints, rows and texts as text: no markup, and nothing steers a terminal."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """As rich does it; all that is printed comes through here, tables and bars too."""

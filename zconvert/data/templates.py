@@ -1,8 +1,8 @@
 """Chat templates, which are programs of strangers: Jinja's sandbox keeps them from files, this from time and memory.
 
-They are run by a process of its own (template_cell.py), which ends itself when one takes too long: nothing can end from
-within a loop over a hundred thousand times a hundred thousand numbers. It starts with the first conversation, in about a
-second, and stays for the next ones.
+They are run by a process of its own (template_cell.py), which ends itself when one takes too long: nothing can end a
+loop over a hundred thousand times a hundred thousand numbers from within. It starts with the first conversation, in
+about a second, and stays for the next ones.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from zconvert.errors import UserError
 _SCRIPT = Path(__file__).with_name("template_cell.py")
 _SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 _FIX = (
-    "mend the template (chat_template.jinja of the checkpoint, or chat_template of the recipe) or the row; or leave such "
-    "rows out: datasets[].on_bad_row: skip"
+    "mend the template (chat_template.jinja of the checkpoint, or chat_template of the recipe) or the row; or leave "
+    "such rows out: datasets[].on_bad_row: skip"
 )
 
 

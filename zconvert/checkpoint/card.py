@@ -105,7 +105,7 @@ def model_card(
 
 
 def _front_matter(text: str) -> dict[str, Any]:
-    """What a card says of itself; nothing where it cannot be read or has more than plain values: a stranger wrote it."""
+    """What a card says of itself; nothing where it cannot be read or has more than plain values: strangers write it."""
     match = _FRONT_MATTER.match(text[:_MOST_FRONT])
     try:
         return read_yaml(match[1])[0] if match else {}

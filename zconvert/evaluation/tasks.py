@@ -281,4 +281,4 @@ def _packed(text: str) -> Any:
         return None
     strings = [value for name, value in operations if name in _STRING_OPERATIONS]
     names = {name for name, _ in operations} - {*_STRING_OPERATIONS, *_EMPTY_OPERATIONS}
-    return _from_json(strings[0]) if len(strings) == 1 and not names else None
+    return _from_json(str(strings[0])) if len(strings) == 1 and not names else None

@@ -51,7 +51,9 @@ def secret(tmp_path: Path) -> Path:
 def test_an_index_leads_nowhere_but_into_its_folder(folder: Path, name: Any) -> None:
     (folder / SINGLE_FILE).rename(folder.parent / SINGLE_FILE)
     (folder / INDEX_FILE).write_text(json.dumps({"weight_map": {"model.embed_tokens.weight": name}}))
-    assert f"{INDEX_FILE}: tensor model.embed_tokens.weight is said to be in a file outside" in refused("inspect", folder)
+    assert f"{INDEX_FILE}: tensor model.embed_tokens.weight is said to be in a file outside" in refused(
+        "inspect", folder
+    )
 
 
 @pytest.mark.parametrize("name", ["README.md", "LICENSE", "notes.txt", "chat_template.jinja", "tokenizer_config.json"])
@@ -176,7 +178,9 @@ def test_sizes_and_places_do_not_wrap_around(tmp_path: Path, shape: list[int], o
 
 def test_a_tensors_name_is_a_name_whatever_it_says(folder: Path) -> None:
     strange = ["../../x", "/etc/passwd", "\x1b[2J", "[red]", "a\0b", "model.layers." + "9" * 5000 + ".a"]
-    entries = {name: {"dtype": "F32", "shape": [], "data_offsets": [4 * n, 4 * n + 4]} for n, name in enumerate(strange)}
+    entries = {
+        name: {"dtype": "F32", "shape": [], "data_offsets": [4 * n, 4 * n + 4]} for n, name in enumerate(strange)
+    }
     write(folder / SINGLE_FILE, json.dumps(entries).encode(), data=4 * len(strange))
     result = run("inspect", folder)
     assert result.exit_code == 0, result.output

@@ -41,13 +41,13 @@ def _answer(asked: dict[str, Any], characters: int) -> dict[str, Any]:
     try:
         texts, spans = render(**asked)
     except MemoryError:
-        return {"wrong": "it takes too much memory"}
+        return {"wrong": "it takes too much memory", "ended": False}
     except RecursionError:
-        return {"wrong": "it calls itself too often, or nests too deep"}
+        return {"wrong": "it calls itself too often, or nests too deep", "ended": True}
     except (TemplateError, TypeError, LookupError, ValueError, AttributeError, ArithmeticError) as error:
-        return {"wrong": str(error)[:1000]}
+        return {"wrong": str(error)[:1000], "ended": True}
     if len(texts[0]) > characters:
-        return {"wrong": f"it writes {len(texts[0]):,} characters, of {characters:,} at most"}
+        return {"wrong": f"it writes {len(texts[0]):,} characters, of {characters:,} at most", "ended": True}
     return {"text": texts[0], "spans": spans[0] if asked["return_assistant_tokens_mask"] else []}
 
 

@@ -39,6 +39,10 @@ class Limits:
     """that it writes"""
 
 
+class Unending(UserError):
+    """A template took more time or memory than it may: a fault of its own, not of a row that is to be left out."""
+
+
 class Renderer:
     """Writes conversations in a process that is started when it is needed, and again after it ended."""
 
@@ -93,8 +97,21 @@ class Renderer:
             raise UserError("the conversation is not what JSON can hold", found=str(error)[:200], fix=_FIX) from None
         answer = self._answer(line.encode() + b"\n")
         if "wrong" in answer:
-            raise UserError("the chat template refuses the conversation", found=answer["wrong"], fix=_FIX)
+            kind = UserError if answer["ended"] else Unending
+            raise kind("the chat template refuses the conversation", found=answer["wrong"], fix=_FIX)
         return answer["text"], [(start, end) for start, end in answer["spans"]]
+
+    @property
+    def process_id(self) -> int | None:
+        """Of the process, while there is one."""
+        return None if self._process is None else self._process.pid
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
 
     def forget(self) -> None:
         """In a fork: the process is the parent's."""
@@ -115,15 +132,14 @@ class Renderer:
                 pass
             finally:
                 if not answer.endswith(b"\n"):  # it ended; or this was interrupted, and what comes next is no answer
-                    self._process = None
-                    process.kill()
-                    process.communicate()
+                    self.close()
             if answer:
                 found: dict[str, Any] = json.loads(answer)
                 return found
+            wrong = f"the process that runs it ends with {process.returncode}: {sys.executable} {_SCRIPT}"
             if process.returncode == -signal.SIGALRM:
-                return {"wrong": f"it takes over {self._limits.seconds:g} seconds"}
-            return {"wrong": f"the process that runs it ends with {process.returncode}: {sys.executable} {_SCRIPT}"}
+                wrong = f"it takes over {self._limits.seconds:g} seconds"
+            return {"wrong": wrong, "ended": False}
 
     def _started(self) -> subprocess.Popen[bytes]:
         limits = self._limits

@@ -17,7 +17,7 @@ import torch
 from tests.security.commands import edit_json, refused, run
 from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.headers import INDEX_FILE, SINGLE_FILE, read_header
-from zconvert.checkpoint.load import load_model
+from zconvert.checkpoint.load import load_model, load_tokenizer
 from zconvert.checkpoint.small_files import MOST_BYTES
 from zconvert.checkpoint.source import resolve
 from zconvert.errors import UserError
@@ -245,6 +245,34 @@ def test_weights_that_are_only_pickled_are_refused_by_name(folder: Path, tmp_pat
     said = refused("convert-init", folder, "--out", tmp_path / "out")
     assert "pickled weights only, which could run any code" in said
     assert name in said
+
+
+@pytest.mark.parametrize(
+    ("part", "step"),
+    [
+        ("normalizer", {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}),
+        ("normalizer", {"type": "Replace", "pattern": {"Regex": "a*"}, "content": "a"}),
+        ("decoder", {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}),
+    ],
+)
+def test_a_tokenizer_that_makes_a_word_into_a_terabyte_is_refused(
+    folder: Path, converted: Path, tmp_path: Path, part: str, step: dict[str, Any]
+) -> None:
+    bomb = {"type": "Sequence", f"{part}s": [step] * 40}
+    for place in (folder, converted):
+        edit_json(place / "tokenizer.json", **{part: bomb})
+    said = f"the {part} of {folder / 'tokenizer.json'} makes texts longer and longer"
+    assert said in refused("convert-init", folder, "--out", tmp_path / "out")
+    assert "makes texts longer and longer" in refused("generate", converted, "a")
+    with pytest.raises(UserError, match="longer and longer"):
+        load_tokenizer(resolve(converted))
+
+
+def test_a_tokenizers_own_padding_is_not_done(converted: Path) -> None:
+    padding = {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None}
+    padding |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>"}
+    edit_json(converted / "tokenizer.json", padding=padding)
+    assert len(load_tokenizer(resolve(converted))("tall").input_ids) < 10
 
 
 def test_a_card_of_nested_aliases_is_not_inherited(folder: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from zconvert.checkpoint.anatomy import layers_of
 from zconvert.checkpoint.folder import companions
 from zconvert.checkpoint.headers import Headers
-from zconvert.checkpoint.mask_token import read_vocabulary
+from zconvert.checkpoint.mask_token import TOKENIZER_FILE, read_vocabulary
 from zconvert.checkpoint.quantisation import UNPACKED_AT_LOAD, quantisation
 from zconvert.checkpoint.source import Source, headers_of, read_config, tidar_settings
 from zconvert.errors import UserError
@@ -42,7 +42,7 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto", sha
 
     place = _device(device)
     _check_files(source)
-    tokenizer = load_tokenizer(source)
+    tokenizer = _tokenizer(source)
     with _quiet():
         try:
             wanted = dtype if dtype == "auto" else getattr(torch, dtype)
@@ -84,9 +84,15 @@ def load_tokenizer(source: Source) -> Any:
     Raises:
         UserError: it cannot be loaded.
     """
+    companions(source.folder)  # as `_check_own` does
+    if (source.folder / TOKENIZER_FILE).exists():
+        read_vocabulary(source.folder)  # damage is told apart better here than by a loader
+    return _tokenizer(source)
+
+
+def _tokenizer(source: Source) -> Any:
     from transformers import AutoTokenizer
 
-    companions(source.folder)  # see `_check_own`: this may come first
     with _quiet():
         try:
             return AutoTokenizer.from_pretrained(source.folder, **_LOCAL)

@@ -127,6 +127,10 @@ def handled(command: Command) -> Command:
             if type(error).__module__.split(".")[0] in ("typer", "click"):
                 raise
             _print_unexpected(error)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of the tokenizers library, such as by a pattern of no end
+                raise
+            _print_unexpected(error)
         raise typer.Exit(EXIT_ERROR)
 
     return run  # type: ignore[return-value]
@@ -137,7 +141,7 @@ def print_error(error: UserError) -> None:
     _print_parts("Error", error.what, (("found", error.found), ("expected", error.expected), ("fix", error.fix)))
 
 
-def _print_unexpected(error: Exception) -> None:
+def _print_unexpected(error: BaseException) -> None:
     _print_traceback()
     line = " ".join(str(error).split())
     what = f"{type(error).__name__}: {line}" if line else type(error).__name__

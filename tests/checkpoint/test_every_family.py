@@ -19,8 +19,8 @@ from zconvert.checkpoint.load import load_model
 from zconvert.checkpoint.source import Source, require_converted, resolve
 from zconvert.checkpoint.weights import save_gated, save_trained
 from zconvert.tidar.acceptance import Sampling
-from zconvert.tidar.decoding import DecodePlan
-from zconvert.tidar.engine import decode
+from zconvert.tidar.decoding import DecodePlan, Request
+from zconvert.tidar.engine import Engine, decode, run
 from zconvert.tidar.families import FAMILIES
 from zconvert.tidar.generate import layout_model_of, settings_of
 from zconvert.tidar.model import LayoutModel
@@ -82,7 +82,13 @@ def _convert_gated_and_decode(model_type: str, folder: Path) -> None:
     ids = random_ids((1, 20), seed=2)
     assert torch.equal(loaded(ids, use_cache=False).logits, source(ids, use_cache=False).logits), "exactly, not nearly"
     plan, causal = _plans(settings)
-    assert _text(layout, prompt, plan) == _text(LayoutModel(source), prompt, causal)
+    stock = LayoutModel(source)
+    expected = [_text(stock, prompt[i:], causal) for i in range(3)]
+    assert _text(layout, prompt, plan) == expected[0]
+    # Rows of a batch have unlike numbers of drafts: what fills them up must be a token with an embedding.
+    engine = Engine(layout, plan, max_batch=3)
+    together = {r.request.key: r.tokens for r in run(engine, [Request(prompt[i:], 12, key=i) for i in range(3)])}
+    assert [together[i] for i in range(3)] == expected
 
 
 @torch.no_grad()

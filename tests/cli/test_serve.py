@@ -38,7 +38,14 @@ def run(*arguments: object) -> Result:
 def process(*arguments: object, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server of its own, and its address."""
     command = [sys.executable, "-m", "zconvert", "serve", *map(str, arguments), "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}) as running:
+    with subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+        # Whoever runs the tests in the background may have them ignore it, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as running:
         try:
             assert running.stderr is not None
             told = running.stderr.readline()

@@ -199,7 +199,7 @@ def answer_many(model: str, count: int) -> None:
     # What an engine that has seen all this gives is what a new one gives.
     engine.plan = PLANS["all proposals"]
     again = [replace(request, seed=7) for request in some_requests(8, seed=3)]
-    fresh = Engine(engine._model, engine.plan, max_batch=6)
+    fresh = Engine(engine.model, engine.plan, max_batch=6)
     assert texts_of(list(run(engine, again))) == texts_of(list(run(fresh, again)))
 
 

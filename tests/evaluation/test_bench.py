@@ -10,7 +10,7 @@ import torch
 
 from tests.contracts.models import MASK, random_ids, shared_random_pair
 from zconvert.evaluation.bench import bench, entry_of, points
-from zconvert.serving.tuning import Times
+from zconvert.serving.timing import Known, Times
 from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.settings import TidarSettings
 
@@ -130,8 +130,8 @@ def test_a_rival_that_fails_says_why_and_the_rest_is_measured() -> None:
 
 
 def test_auto_takes_the_plan_of_the_times_it_is_given() -> None:
-    times = Times("here", {1: {1: 1.0, 20: 1.0}})
-    document = measured(modes=["auto"], times=times, mix_weights=[])
+    known = Known(Times("here", {1: {1: 1.0, 20: 1.0}}))
+    document = measured(modes=["auto"], known=known, mix_weights=[])
     assert entry(document, mode="auto")["identical_prompts"] == 5
 
 

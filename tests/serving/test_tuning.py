@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 from tests.contracts.models import MASK
 from tests.contracts.training import trained_pair
 from zconvert.planning.acceptance import flat_curve
-from zconvert.serving import tuning
-from zconvert.serving.tuning import AutoPlan, Times, choices, options, plan_of_option, slot_rates, times_of
+from zconvert.serving import timing
+from zconvert.serving.hindsight import Scored
+from zconvert.serving.timing import Known, Times, known_of
+from zconvert.serving.tuning import AutoPlan, choices, options, plan_of_option, slot_rates
 from zconvert.tidar.acceptance import Sampling
 from zconvert.tidar.decoding import DecodePlan, Request
 from zconvert.tidar.engine import Engine, run
@@ -73,7 +76,7 @@ def test_the_engine_takes_the_plan_that_suits_the_machine_and_its_text_stays(mac
     for auto in (False, True):
         engine = Engine(pair.layout, DecodePlan.tidar(SETTINGS, Sampling(), frozenset()), max_batch=3)
         if auto:
-            engine.replan = AutoPlan(machine, SETTINGS)
+            engine.replan = AutoPlan(Known(machine), SETTINGS)
         texts[auto] = {result.request.key: result.tokens for result in run(engine, requests)}
     assert texts[True] == texts[False]
     assert isinstance(engine.replan, AutoPlan)
@@ -84,7 +87,7 @@ def test_the_engine_takes_the_plan_that_suits_the_machine_and_its_text_stays(mac
 def test_drafts_get_another_chance_where_plain_decoding_was_faster() -> None:
     pair, machine = trained_pair("mixtral"), times(1e-6, 1.0)
     engine = Engine(pair.layout, DecodePlan.tidar(SETTINGS, Sampling(), frozenset()), max_batch=1)
-    engine.replan = AutoPlan(machine, SETTINGS)
+    engine.replan = AutoPlan(Known(machine), SETTINGS)
     result = engine.add(Request([0, 1, 2], 400))
     drafted = []
     while not engine.idle:
@@ -95,25 +98,44 @@ def test_drafts_get_another_chance_where_plain_decoding_was_faster() -> None:
     assert any(drafted[100:]), "the plan was tried again"
 
 
-def test_times_are_measured_once_and_kept_beside_the_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:
+def test_what_is_known_is_found_out_once_and_kept_beside_the_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:
     model = trained_pair("mixtral").layout
-    first = times_of(model, SETTINGS, 2, tmp_path)
-    assert set(first.seconds) == {1, 2}
-    assert set(first.seconds[1]) == {1, 4, 5, 8, 12, 16, 20}
-    assert all(s > 0 for row in first.seconds.values() for s in row.values())
-    assert [path.name for path in tmp_path.iterdir()] == [tuning.FILE]
+    first = known_of(model, SETTINGS, 2, tmp_path)
+    assert set(first.times.seconds) == {1, 2}
+    assert set(first.times.seconds[1]) == {1, 4, 5, 8, 12, 16, 20}
+    assert all(s > 0 for row in first.times.seconds.values() for s in row.values())
+    assert [path.name for path in tmp_path.iterdir()] == [timing.FILE]
+    for number in range(20):
+        first.add(Scored([[0, 0, 0, 0], [number % 3, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]))
+    assert [text.runs[1][0] for text in first.texts[:2]] == [4 % 3, 5 % 3], "the latest 16"
 
     def never(*_: Any, **__: Any) -> Times:
         raise AssertionError("measured again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tuning, "measure", never)
-        assert times_of(model, SETTINGS, 2, tmp_path) == first
+        patch.setattr(timing, "measure", never)
+        assert known_of(model, SETTINGS, 2, tmp_path) == first
         with pytest.raises(AssertionError):
-            times_of(model, SETTINGS, 4, tmp_path)  # more rows than were timed
-    # Another machine's times, or a broken file, are no reason to fail; other machines' stay.
-    (tmp_path / tuning.FILE).write_text(json.dumps({"another machine": {"1": {"1": 0.5}}}))
-    times_of(model, SETTINGS, 1, tmp_path)
-    assert json.loads((tmp_path / tuning.FILE).read_text())["another machine"] == {"1": {"1": 0.5}}
-    (tmp_path / tuning.FILE).write_text("{")
-    assert times_of(model, SETTINGS, 1, tmp_path).seconds.keys() == {1}
+            known_of(model, SETTINGS, 4, tmp_path)  # more rows than were timed
+    # Texts of other blocks say nothing.
+    assert known_of(model, replace(SETTINGS, block_size=3), 2, tmp_path).texts == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"forwards": {"here": 3}}', '{"forwards": {}, "block_size": 4, "texts": [[[9, 0, 0, 0]]]}', "\0"],
+)
+def test_a_broken_file_is_no_reason_to_fail(content: str, tmp_path: Path) -> None:
+    (tmp_path / timing.FILE).write_text(content)
+    known = known_of(trained_pair("mixtral").layout, SETTINGS, 1, tmp_path)
+    assert known.times.seconds.keys() == {1}
+    assert known.texts == []
+    document = json.loads((tmp_path / timing.FILE).read_text())
+    assert document["forwards"].keys() == {known.times.machine}
+
+
+def test_other_machines_times_stay(tmp_path: Path) -> None:
+    other = {"forwards": {"another machine": {"1": {"1": 0.5}}}, "block_size": 0, "texts": []}
+    (tmp_path / timing.FILE).write_text(json.dumps(other))
+    known_of(trained_pair("mixtral").layout, SETTINGS, 1, tmp_path)
+    assert json.loads((tmp_path / timing.FILE).read_text())["forwards"]["another machine"] == {"1": {"1": 0.5}}

@@ -18,7 +18,7 @@ from zconvert.errors import UserError
 from zconvert.tidar.settings import TidarSettings
 
 if TYPE_CHECKING:
-    from zconvert.serving.tuning import Times
+    from zconvert.serving.timing import Known
 
 BUILT_IN_PROMPTS = (
     "The sun rises in the east and",
@@ -112,16 +112,16 @@ def command(
     from zconvert.checkpoint.load import end_token_ids, prompt_ids
     from zconvert.evaluation.bench import bench, points
     from zconvert.evaluation.bench_plot import draw
-    from zconvert.serving.tuning import times_of
+    from zconvert.serving.timing import known_of
     from zconvert.tidar.generate import layout_model_of
     from zconvert.tidar.model import LayoutModel
 
     modes = [str(each) for each in mode or [options.Mode.SINGLE]]
-    batches, times = batch_size or [1], None
+    batches, known = batch_size or [1], None
     with progress() as bars:
         if "auto" in modes or tune:
             timing = bars.add_task("Timing forwards", total=None)
-            times = times_of(
+            known = known_of(
                 layout_model_of(model),
                 settings,
                 max(batches),
@@ -148,15 +148,15 @@ def command(
             eos_token_ids=end_token_ids(model, tokenizer),
             temperature=temperature,
             seed=seed,
-            times=times,
+            known=known,
             baseline=None if plain is None else LayoutModel(plain),
             assistant=helper,
             on_progress=lambda done, total: bars.update(task, completed=done, total=total),
         )
     document = {"checkpoint": source.name, "revision": source.revision, "baseline": baseline, **measured}
     if tune:
-        assert times is not None
-        document["tuning"] = tuning_of(times, settings, document)
+        assert known is not None
+        document["tuning"] = tuning_of(known, settings, document)
     if plot is not None:
         draw(document, plot)
     if as_json:
@@ -254,16 +254,16 @@ def _table(entries: list[dict[str, Any]], document: dict[str, Any]) -> Table:
     return table
 
 
-def tuning_of(times: Times, settings: TidarSettings, document: dict[str, Any]) -> dict[str, Any]:
+def tuning_of(known: Known, settings: TidarSettings, document: dict[str, Any]) -> dict[str, Any]:
     """What --mode auto would choose from, at each batch size, by the drafts that this run accepted."""
     from zconvert.evaluation.bench import entry_of
     from zconvert.serving.tuning import choices, options, rates_of_histogram
 
     lossless = entry_of(document, sampler="lossless")
     rates = rates_of_histogram(lossless["accepted_histogram"] if lossless else {}, settings.block_size)
-    ranked = {}
+    worth, ranked = options(rates, known), {}
     for rows in dict.fromkeys(entry["batch_size"] for entry in document["results"]):
-        best = choices(times, options(rates), rows)
+        best = choices(known.times, worth, rows)
         ranked[str(rows)] = [
             {
                 "mode": choice.option.mode,
@@ -275,8 +275,8 @@ def tuning_of(times: Times, settings: TidarSettings, document: dict[str, Any]) -
             }
             for choice in best
         ]
-    seconds = {str(rows): {str(n): 1000 * s for n, s in row.items()} for rows, row in times.seconds.items()}
-    return {"machine": times.machine, "forward_ms": seconds, "slot_rates": list(rates), "choices": ranked}
+    seconds = {str(rows): {str(n): 1000 * s for n, s in row.items()} for rows, row in known.times.seconds.items()}
+    return {"machine": known.times.machine, "forward_ms": seconds, "slot_rates": list(rates), "choices": ranked}
 
 
 def _show_tuning(tuning: dict[str, Any]) -> None:

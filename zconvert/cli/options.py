@@ -191,6 +191,7 @@ def follow_machine(
     """What --mode auto sets an engine's plan by, after timing this machine where that was not done yet; else None."""
     if mode is not Mode.AUTO:
         return None
-    from zconvert.serving.tuning import AutoPlan, times_of
+    from zconvert.serving.timing import known_of
+    from zconvert.serving.tuning import AutoPlan
 
-    return AutoPlan(times_of(model, settings, batch_size, folder), settings)
+    return AutoPlan(known_of(model, settings, batch_size, folder), settings)

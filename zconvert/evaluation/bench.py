@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from zconvert.evaluation.stock import StockDecoder
-from zconvert.serving.tuning import AutoPlan, Times
+from zconvert.serving.timing import Known
+from zconvert.serving.tuning import AutoPlan
 from zconvert.tidar.acceptance import Sampling
 from zconvert.tidar.decoding import DecodePlan, Request
 from zconvert.tidar.engine import Engine
@@ -131,7 +132,7 @@ def bench(
     eos_token_ids: frozenset[int] = frozenset(),
     temperature: float = 0.0,
     seed: int = 0,
-    times: Times | None = None,
+    known: Known | None = None,
     baseline: LayoutModel | None = None,
     assistant: Any = None,
     on_progress: Progress | None = None,
@@ -146,7 +147,7 @@ def bench(
         eos_token_ids: tokens that end a text.
         temperature: 0 is greedy, the only case in which texts can be compared.
         seed: of the random numbers; every point draws from the same stream at each prompt.
-        times: of forwards on this machine, for `auto`.
+        known: of decoding the checkpoint here, for `auto`.
         baseline: another model, the source say, to decode by plain AR and to compare texts with.
         assistant: a model of transformers that drafts for assisted decoding.
         on_progress: told after each turn.
@@ -164,7 +165,7 @@ def bench(
     if not prompts:
         raise ValueError("there are no prompts")
     decoders = {
-        point: _decoder(point, model, settings, eos_token_ids, temperature, times, baseline, assistant)
+        point: _decoder(point, model, settings, eos_token_ids, temperature, known, baseline, assistant)
         for point in wanted
     }
     tallies = {point: _Tally() for point in wanted}
@@ -210,7 +211,7 @@ def _decoder(
     settings: TidarSettings,
     eos: frozenset[int],
     temperature: float,
-    times: Times | None,
+    known: Known | None,
     baseline: LayoutModel | None,
     assistant: Any,
 ) -> Decoder:
@@ -228,8 +229,8 @@ def _decoder(
         model = baseline
     engine = Engine(model, plan, max_batch=point.batch_size)
     if point.mode == "auto":
-        assert times is not None
-        engine.replan = AutoPlan(times, settings)
+        assert known is not None
+        engine.replan = AutoPlan(known, settings)
     return lambda prompts, length, seed, tally: _by_engine(engine, prompts, length, seed, tally)
 
 

@@ -1,160 +1,35 @@
 """Which way of decoding is fastest on this machine: forwards are timed once, drafts are counted as they are verified.
 
 The time of a forward depends on its rows and tokens alone; what it yields on how often each slot of a block is right.
-Times are measured (`measure`) and kept beside the checkpoint; rates come from the engine's counters while it runs. Both
-together give the tokens per second of every plan (`best_plan`), and an `AutoPlan` takes the best one anew from time to
-time, as the text and the number of rows change.
+Times are measured once (timing.py); rates come from the engine's counters while it runs, and from going through other
+plans' steps over texts that it made (hindsight.py). Both together give the tokens per second of every plan (`choices`),
+and an `AutoPlan` takes the best one anew from time to time, as the text and the number of rows change.
 """
 
 from __future__ import annotations
 
-import json
-import platform
-import time
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import torch
-import transformers
-
-from zconvert import __version__
-from zconvert.planning.acceptance import best_sets, two_forwards
-from zconvert.tidar.cache import TidarCache
+from zconvert.planning.acceptance import two_forwards, yield_of
+from zconvert.serving.hindsight import score
+from zconvert.serving.timing import Known, Times
 from zconvert.tidar.decoding import DecodePlan
 from zconvert.tidar.engine import Engine
-from zconvert.tidar.layout import decode_layout
-from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.settings import TidarSettings
 
-FILE = "tuning.json"
-CONTEXT = 256  # tokens in the cache of the forwards that are timed
-_REPEATS = 5
 _TRUST = 24  # drafts of a slot that what is assumed of it weighs as much as
 _FADE = 0.95  # what counts keep of their weight at each look
 _EVERY = 12  # forwards between two looks at the counts
 _SELDOM = 1024  # forwards between two plans at most
+_FIRST = 48  # forwards before texts are scored where few are known: a text costs about as much as ten forwards
+_LATER = 300  # the same where enough are known
 _MOVED = 0.2  # a change of what forwards yield that asks for a plan at once
-_MOST = 6  # proposals in a set: more of them have never paid
-
-OnProgress = Callable[[int, int], None]
-"""told after each round: rounds done, rounds in all"""
-
-
-@dataclass(frozen=True)
-class Times:
-    """Seconds of a forward by rows and tokens a row; between what was measured, straight lines."""
-
-    machine: str
-    """what it was measured on, and with which versions: times of anything else are of no use"""
-    seconds: dict[int, dict[int, float]]
-    """rows -> tokens -> seconds"""
-
-    def of(self, rows: int, tokens: float) -> float:
-        """Seconds of a forward of `rows` rows of `tokens` tokens each."""
-        sizes = sorted(self.seconds)
-        return _between(sizes, [_between(*_columns(self.seconds[size]), tokens) for size in sizes], rows)
-
-
-def measure(
-    model: LayoutModel,
-    settings: TidarSettings,
-    max_batch: int,
-    *,
-    repeats: int = _REPEATS,
-    on_progress: OnProgress | None = None,
-) -> Times:
-    """Times forwards of 1 to `max_batch` rows and 1 to B + B² tokens, all in turn, so that noise hits all alike.
-
-    Args:
-        model: of the checkpoint.
-        settings: its settings.
-        max_batch: most rows; powers of two up to it are timed.
-        repeats: rounds; the least time counts, as other work only ever adds.
-        on_progress: told after each round.
-    """
-    size = settings.block_size
-    # A causal part and a number of blocks: (1, 0) is plain decoding; all else verifies and drafts.
-    shapes = [(1, 0), (size, 0), (1, 1), *[(size, count) for count in _counts(size)]]
-    batches = [rows for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256) if rows < max_batch] + [max_batch]
-    best: dict[int, dict[int, float]] = {rows: {} for rows in batches}
-    for done in range(repeats + 1):
-        for rows in batches:
-            cache = TidarCache(rows)
-            _forward(model, settings, cache, (CONTEXT, 0))
-            cache.commit(CONTEXT)
-            for causal, blocks in shapes:
-                started = time.perf_counter()
-                _forward(model, settings, cache, (causal, blocks))
-                if done:  # the first round warms up
-                    took, tokens = time.perf_counter() - started, causal + size * blocks
-                    best[rows][tokens] = min(took, best[rows].get(tokens, took))
-        if on_progress is not None:
-            on_progress(done + 1, repeats + 1)
-    return Times(machine_of(model), best)
-
-
-@torch.inference_mode()
-def _forward(model: LayoutModel, settings: TidarSettings, cache: TidarCache, shape: tuple[int, int]) -> None:
-    """A forward as the engine does it, with the logits of its drafts and of a block; ends on the CPU."""
-    causal, blocks = shape
-    lengths = cache.lengths
-    layout = decode_layout(lengths, causal, tuple(range(1, blocks + 1)), settings.block_size, model.device)
-    ids = torch.arange(layout.num_tokens, device=model.device) % max(1, settings.mask_token_id)
-    hidden = model.hidden_states(ids.expand(len(lengths), -1), layout, cache)
-    used = 1 if causal == CONTEXT else causal + (settings.block_size - 1 if blocks else 0)
-    model.logits(hidden[:, :used]).argmax(-1).tolist()
-
-
-def times_of(
-    model: LayoutModel,
-    settings: TidarSettings,
-    max_batch: int,
-    folder: Path | None,
-    *,
-    on_progress: OnProgress | None = None,
-) -> Times:
-    """Times from the checkpoint's folder, or measured now and left there.
-
-    Args:
-        model: of the checkpoint.
-        settings: its settings.
-        max_batch: most rows.
-        folder: of the checkpoint; None, or a folder that cannot be written: they are measured each time.
-        on_progress: of the measurement.
-    """
-    file = None if folder is None else folder / FILE
-    kept: dict[str, dict[str, dict[str, float]]] = {}
-    if file is not None and file.exists():
-        try:
-            kept = json.loads(file.read_text(encoding="utf-8"))
-            table = kept.get(machine_of(model), {})
-            times = {int(rows): {int(n): float(s) for n, s in row.items()} for rows, row in table.items()}
-            if times and max(times) >= max_batch:
-                return Times(machine_of(model), times)
-        except (OSError, ValueError, AttributeError, TypeError):
-            kept = {}  # not ours, or broken: measured again
-    measured = measure(model, settings, max_batch, on_progress=on_progress)
-    if file is not None:
-        document = {**kept, measured.machine: measured.seconds}
-        partial = file.with_name(f".{FILE}.partial")
-        try:
-            partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-            partial.replace(file)
-        except OSError:
-            partial.unlink(missing_ok=True)  # somebody else's folder: then they are measured each time
-    return measured
-
-
-def machine_of(model: LayoutModel) -> str:
-    """The device, and whatever else decides what a forward takes."""
-    device = model.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    dtype = str(model.model.dtype).removeprefix("torch.")
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, zconvert {__version__}"
-    return f"{device.type} {name}, {torch.get_num_threads()} threads, {dtype}, {versions}"
+# Few sets, all of them regular: among all there are, some would look best by chance alone.
+_SETS = ((1,), (1, 2), (1, 4), (1, 2, 4), (1, 3, 5), (1, 2, 4, 8), (1, 3, 5, 8), (1, 2, 3, 5, 8), (1, 2, 3, 4, 6, 8))
+_ENOUGH = 4  # scored texts to begin with
+_SCORED = 128  # tokens of a text, from its end, that are scored
 
 
 def slot_rates(
@@ -198,7 +73,14 @@ class Option:
     proposals: tuple[int, ...]
     tokens_per_forward: float
     tokens: tuple[float, ...]
-    """in each of the forwards that take turns"""
+    """in each of the forwards that take turns, of one text"""
+
+    def width(self, rows: int) -> tuple[float, ...]:
+        """The same in a batch, where all rows are as wide as the widest: the more of them, the nearer to the most."""
+        if self.mode != "single":
+            return self.tokens
+        most = self.block_size * (1 + len(self.proposals))
+        return tuple(most - (most - tokens) / rows for tokens in self.tokens)
 
 
 @dataclass(frozen=True)
@@ -212,20 +94,33 @@ class Choice:
     """of all rows together"""
 
 
-def options(rates: tuple[float, ...]) -> list[Option]:
+def options(rates: tuple[float, ...], known: Known | None = None) -> list[Option]:
     """Every plan worth a thought.
 
     Args:
         rates: of the slots of a block.
+        known: has texts to go through each plan's steps on; what they say weighs as much as the forwards over them.
     """
     found = [Option("ar", 1, (), 1.0, (1.0,))]
     for size in dict.fromkeys((len(rates), *(n for n in (2, 4, 6, 8, 12) if n < len(rates)))):
         cut = rates[:size]
-        found += [
-            Option("single", size, plan.proposals, plan.accepted, (plan.tokens,)) for plan in best_sets(cut, _MOST)
-        ]
-        found.append(Option("two", size, (1,), two_forwards(cut).accepted / 2, (1.0 + size, float(size))))
+        for proposals in sorted({tuple(k for k in counts if k <= size) for counts in _SETS}):
+            plan = yield_of(cut, proposals)
+            accepted, tokens = _weighed(plan.accepted, plan.tokens, known, DecodePlan(0, size, proposals))
+            found.append(Option("single", size, proposals, accepted, (tokens,)))
+        both = two_forwards(cut).accepted / 2
+        accepted, _ = _weighed(both, 0.0, known, DecodePlan(0, size, (1,), two_forwards=True))
+        found.append(Option("two", size, (1,), accepted, (1.0 + size, float(size))))
     return found
+
+
+def _weighed(accepted: float, tokens: float, known: Known | None, plan: DecodePlan) -> tuple[float, float]:
+    """Tokens that a forward yields and processes: as expected, then ever more as texts say."""
+    if known is None:
+        return accepted, tokens
+    seen = known.replayed(plan)
+    weight = seen.forwards + _TRUST
+    return (seen.yielded + _TRUST * accepted) / weight, (seen.processed + _TRUST * tokens) / weight
 
 
 def choices(times: Times, worth: Sequence[Option], rows: int) -> list[Choice]:
@@ -238,7 +133,7 @@ def choices(times: Times, worth: Sequence[Option], rows: int) -> list[Choice]:
     """
     found = []
     for option in worth:
-        seconds = sum(times.of(rows, tokens) for tokens in option.tokens) / len(option.tokens)
+        seconds = sum(times.of(rows, tokens) for tokens in option.width(rows)) / len(option.tokens)
         found.append(Choice(option, seconds, rows * option.tokens_per_forward / seconds))
     return sorted(found, key=lambda choice: -choice.tokens_per_second)
 
@@ -252,20 +147,21 @@ class AutoPlan:
     of rows counts at every change.
     """
 
-    def __init__(self, times: Times, settings: TidarSettings) -> None:
-        """Starts without knowledge of the text.
+    def __init__(self, known: Known, settings: TidarSettings) -> None:
+        """Starts with what is known.
 
         Args:
-            times: of forwards on this machine.
+            known: of the checkpoint on this machine; learns of the texts that are decoded.
             settings: of the checkpoint.
         """
-        self.times = times
+        self.known = known
         self.chosen: Choice | None = None
         self._settings = settings
         self._counts: dict[tuple[int, int, int], float] = {}
         self._taken: Counter[tuple[int, int, int]] = Counter()
         self._worth: list[Option] = []
         self._ranked: dict[int, list[Choice]] = {}
+        self._scored: dict[int, int] = {}  # id of a text at hand -> how much of it is scored
         self._look, self._due, self._wait = 0, 0, _EVERY
         self._yields, self._planned_for = 1.0, 1.0  # tokens a drafting forward gave a text lately, and at the last plan
 
@@ -277,7 +173,7 @@ class AutoPlan:
     def ranked(self, rows: int) -> list[Choice]:
         """The plans by their speed for so many texts at once, the fastest first."""
         if rows not in self._ranked:
-            self._ranked[rows] = choices(self.times, self._worth or options(self.rates), rows)
+            self._ranked[rows] = choices(self.known.times, self._worth or options(self.rates, self.known), rows)
         return self._ranked[rows]
 
     def __call__(self, engine: Engine) -> None:
@@ -287,7 +183,9 @@ class AutoPlan:
             self._look = forwards + _EVERY
             drafted = self._take_in(engine.counters.verified)
             if forwards >= self._due or abs(self._yields / self._planned_for - 1) > _MOVED:
-                self._worth, self._ranked = options(self.rates), {}
+                if forwards >= (_FIRST if len(self.known.texts) < _ENOUGH else _LATER):
+                    self._score(engine)
+                self._worth, self._ranked = options(self.rates, self.known), {}
                 self._wait = min(2 * self._wait, _SELDOM)
                 self._due, self._planned_for = forwards + self._wait, self._yields
                 if forwards and not drafted:
@@ -298,6 +196,18 @@ class AutoPlan:
         if self.chosen is None or best.option != self.chosen.option:
             engine.plan = plan_of_option(best.option, engine.plan, self._settings)
         self.chosen = best
+
+    def _score(self, engine: Engine) -> None:
+        """Scores what is new of the longest texts at hand: of one, or of as many as make up for knowing few."""
+        size, before = self._settings.block_size, self._scored
+        self._scored = {id(text): before.get(id(text), 0) for text in engine.texts}
+        found = [(len(text.tokens) - self._scored[id(text)], text) for text in engine.texts]
+        found = sorted((pair for pair in found if pair[0] > size), key=lambda pair: -pair[0])
+        for new, text in found[: max(1, _ENOUGH - len(self.known.texts))]:
+            sampling = engine.plan.sampling if text.request.sampling is None else text.request.sampling
+            tokens = [*text.request.prompt, *text.tokens]
+            self.known.add(score(engine.model, engine.plan, sampling, size, tokens, 1 + min(new, _SCORED)))
+            self._scored[id(text)] = len(text.tokens)
 
     def _take_in(self, verified: Counter[tuple[int, int, int]]) -> bool:
         """Older counts fade as newer ones come; returns whether any did."""
@@ -325,23 +235,3 @@ def plan_of_option(option: Option, plan: DecodePlan, settings: TidarSettings) ->
         block_size=option.block_size,
         two_forwards=option.mode == "two",
     )
-
-
-def _counts(size: int) -> list[int]:
-    """Numbers of blocks that are timed: 1, 2, 3, 4, 6, 8, 12 … B."""
-    return [count for count in (1, 2, 3, 4, 6, 8, 12) if count < size] + [size]
-
-
-def _columns(row: dict[int, float]) -> tuple[list[int], list[float]]:
-    ordered = sorted(row)
-    return ordered, [row[key] for key in ordered]
-
-
-def _between(places: Sequence[int], values: Sequence[float], at: float) -> float:
-    """Straight lines between points, and beyond the last two."""
-    if len(places) == 1:
-        return values[0]
-    right = min(max(bisect_left(places, at), 1), len(places) - 1)
-    left = right - 1
-    share = (at - places[left]) / (places[right] - places[left])
-    return values[left] + share * (values[right] - values[left])

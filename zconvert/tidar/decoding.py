@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .acceptance import Sampling
@@ -62,6 +62,10 @@ class DecodePlan:
     def autoregressive(cls, mask_token_id: int, sampling: Sampling, eos_token_ids: frozenset[int]) -> DecodePlan:
         """One token a forward, through the same loop and cache."""
         return cls(mask_token_id, 1, (), sampling, eos_token_ids)
+
+    def drafting(self, sampling: Sampling) -> Sampling:
+        """How drafts are drawn for a text whose tokens are chosen so."""
+        return replace(sampling, temperature=sampling.temperature * self.draft_temperature)
 
     def blocks(self, num_drafts: int, left: int) -> tuple[int, ...]:
         """Accepted counts to plan a block for, of those that can come to pass in a row's next forward.

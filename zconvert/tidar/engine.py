@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -109,11 +109,12 @@ class Engine:
         self.replan = replan
         self.counters = Counters()
         self._queue: deque[tuple[Result, torch.Generator | None]] = deque()
-        self._model = model
+        self.model = model
         self._max_batch = max_batch
         self._chunk = prefill_chunk
         self._cache = TidarCache(max_batch)
         self._rows: list[_Row] = []  # those that decode, then those that still read their prompts
+        self._ended: deque[Result] = deque(maxlen=max(4, max_batch))
 
     @property
     def idle(self) -> bool:
@@ -134,6 +135,11 @@ class Engine:
     def running(self) -> int:
         """Texts in the batch."""
         return len(self._rows)
+
+    @property
+    def texts(self) -> list[Result]:
+        """Texts in the batch, and before them some that ended lately."""
+        return [*self._ended, *(row.result for row in self._rows)]
 
     def add(self, request: Request, generator: torch.Generator | None = None) -> Result:
         """Queues a request.
@@ -173,6 +179,7 @@ class Engine:
         for row in [row for row in self._rows if row.result.finish is not None]:
             self._exchange(self._rows.index(row), len(self._rows) - 1)
             self._rows.pop()
+            self._ended.append(row.result)
             self.counters.requests += 1
         self._readers_last()
         while self._queue and len(self._rows) < self._max_batch:
@@ -234,7 +241,7 @@ class Engine:
         width = max(counts)
         # Filled up with any token that the model has, which a source's mask token need not be; nothing sees it.
         filled = [chunk + chunk[-1:] * (width - len(chunk)) for chunk in chunks]
-        ids = torch.tensor(filled, device=self._model.device)
+        ids = torch.tensor(filled, device=self.model.device)
         hidden = self._forward(ids, [(count,) for count in counts] if drafting else ())
         self._cache.commit(counts)
         self.counters.prefills += 1
@@ -278,11 +285,11 @@ class Engine:
         plan, rows = self.plan, causal.shape[0]
         layout = decode_layout(self._cache.lengths, causal.shape[1], blocks, plan.block_size, causal.device)
         slots = causal.new_full((rows, layout.num_tokens - causal.shape[1]), plan.mask_token_id)
-        return self._model.hidden_states(torch.cat([causal, slots], dim=1), layout, self._cache)
+        return self.model.hidden_states(torch.cat([causal, slots], dim=1), layout, self._cache)
 
     def _causal(self, rows: list[_Row], width: int) -> Tensor:
         """(R, 1 + width): each row's next token and its drafts, filled up with the next token."""
-        following = torch.tensor([[row.next_token] for row in rows], device=self._model.device)
+        following = torch.tensor([[row.next_token] for row in rows], device=self.model.device)
         if width == 0:
             return following
         drafts = following.repeat(1, width)  # as filling the mask token would not do: a virtual one has no embedding
@@ -367,17 +374,17 @@ class Engine:
                 logits = penalised(logits, seen, sampling.repetition_penalty)
             number = torch.tensor([wanted[i] for i in members], device=hidden.device)
             uniform = None if sampling.greedy else self._uniform(group, most)
-            bigrams = self._model.bigrams if self.plan.bigrams else None
+            bigrams = self.model.bigrams if self.plan.bigrams else None
             previous = torch.tensor([row.next_token for row in group], device=hidden.device)
-            own = replace(sampling, temperature=sampling.temperature * self.plan.draft_temperature)
-            batch = _Drafted(group, make_drafts(logits, number, own, uniform, bigrams, previous))
+            drafts = make_drafts(logits, number, self.plan.drafting(sampling), uniform, bigrams, previous)
+            batch = _Drafted(group, drafts)
             for place_in_batch, (row, index) in enumerate(zip(group, members, strict=True)):
                 row.drafted, row.num_drafts = (batch, place_in_batch), wanted[index]
                 row.first_slot = self.plan.block_size - counts[index]  # a block's last slots are the ones left
 
     def _text_logits(self, hidden: Tensor) -> Tensor:
         """(…, hidden) -> (…, V) float32 logits in which the mask token cannot be chosen."""
-        logits = self._model.logits(hidden)
+        logits = self.model.logits(hidden)
         mask = self.plan.mask_token_id
         logits[..., mask : mask + 1] = -torch.inf  # a virtual one has no column
         return logits
@@ -390,7 +397,7 @@ class Engine:
         size = max(self.plan.block_size, count + 1)
         numbers = torch.stack([row.uniform(size) for row in rows])
         used = [*range(count), size - 1] if following else [*range(count)]
-        return numbers[:, used].to(self._model.device, non_blocking=True)
+        return numbers[:, used].to(self.model.device, non_blocking=True)
 
     def _seen(self, rows: list[_Row], width: int) -> Tensor | None:
         """(R, V) bool, the tokens of each row's text, where there is a repetition penalty."""
@@ -398,7 +405,7 @@ class Engine:
             return None
         for row in rows:
             if row.seen is None:
-                row.seen = torch.zeros(width, dtype=torch.bool, device=self._model.device)
+                row.seen = torch.zeros(width, dtype=torch.bool, device=self.model.device)
                 row.seen[row.result.request.prompt + row.result.tokens] = True
         return torch.stack([row.seen for row in rows if row.seen is not None])
 

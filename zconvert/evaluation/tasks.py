@@ -272,10 +272,7 @@ def _packed(text: str) -> Any:
     Nothing is unpickled: the string is taken from where the pickle has it.
     """
     try:
-        unpacker = zlib.decompressobj()
-        pickled = unpacker.decompress(base64.b64decode(text), _MOST_UNPACKED)
-        if unpacker.unconsumed_tail:
-            return None
+        pickled = zlib.decompressobj().decompress(base64.b64decode(text), _MOST_UNPACKED)  # cut off, it has no end
         operations = [(operation.name, value) for operation, value, _ in pickletools.genops(pickled)]
     except (ValueError, zlib.error):
         return None

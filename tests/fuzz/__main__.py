@@ -36,7 +36,7 @@ def main() -> None:
     with atheris.instrument_imports(include=["zconvert"]):
         from tests.fuzz.targets import TARGETS, mutated
 
-    limits = [f"-max_total_time={round(60 * options.minutes)}", "-timeout=10", "-rss_limit_mb=2048"]
+    limits = [f"-max_total_time={round(60 * options.minutes)}", "-timeout=60", "-rss_limit_mb=2048"]
     # Seeds first: the corpus that is given first is the one written to.
     folders = [str(options.corpus), *([str(CORPUS / options.target)] if (CORPUS / options.target).is_dir() else [])]
     arguments = [sys.argv[0], *limits, f"-max_len={MAX_LENGTH}", "-print_final_stats=1", *folders]

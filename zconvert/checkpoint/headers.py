@@ -220,11 +220,17 @@ def _parse(text: bytes, path: Path, *, data_start: int, size: int) -> tuple[dict
             raise _damaged(path, "the header has a name twice", repeated, "each name once")
         return members
 
+    # Python's parser takes more for a number than that of the safetensors library, which reads the file later.
     def no_constant(name: str) -> Any:
-        raise ValueError(f"{name} is no JSON")  # Python's parser takes NaN, others do not
+        raise ValueError(f"{name} is no JSON")
+
+    def whole(digits: str) -> int:
+        return int(digits) if digits != "-0" else no_constant(digits)
 
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=no_repeats, parse_constant=no_constant)
+        header = json.loads(
+            text.decode("utf-8"), object_pairs_hook=no_repeats, parse_constant=no_constant, parse_int=whole
+        )
     except (ValueError, RecursionError) as error:
         raise _damaged(path, "the header is not JSON", error, "a JSON object") from error
     if not isinstance(header, dict):

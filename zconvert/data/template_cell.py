@@ -28,10 +28,9 @@ def main(seconds: float, memory: int, characters: int) -> None:
     os.dup2(2, 1)  # whatever is printed is no answer
     _limit_memory(memory)
     for line in sys.stdin:
-        # Without a handler the signal ends the process, also amid a single operation of Python's.
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        _end_in(seconds)
         answer = json.dumps(_answer(json.loads(line), characters))
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _end_in(0)
         answers.write(answer + "\n")
         answers.flush()
 
@@ -49,6 +48,12 @@ def _answer(asked: dict[str, Any], characters: int) -> dict[str, Any]:
     if len(texts[0]) > characters:
         return {"wrong": f"it writes {len(texts[0]):,} characters, of {characters:,} at most", "ended": True}
     return {"text": texts[0], "spans": spans[0] if asked["return_assistant_tokens_mask"] else []}
+
+
+def _end_in(seconds: float) -> None:
+    """Has the process ended by a signal, also amid a single operation of Python's; 0 calls it off."""
+    if hasattr(signal, "setitimer"):  # Windows has none
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def _limit_memory(more: int) -> None:

@@ -137,7 +137,7 @@ class Renderer:
                 found: dict[str, Any] = json.loads(answer)
                 return found
             wrong = f"the process that runs it ends with {process.returncode}: {sys.executable} {_SCRIPT}"
-            if process.returncode == -signal.SIGALRM:
+            if hasattr(signal, "SIGALRM") and process.returncode == -signal.SIGALRM:
                 wrong = f"it takes over {self._limits.seconds:g} seconds"
             return {"wrong": wrong, "ended": False}
 

@@ -143,6 +143,9 @@ def test_greedy_lossless_text_is_ar_s_in_any_batch(folder: Path, tmp_path: Path)
     evaluated(folder, tmp_path / "one", "--batch-size", 1)
     evaluated(folder, tmp_path / "three", "--batch-size", 3)
     assert texts(tmp_path / "one", "ar") == texts(tmp_path / "three", "lossless") == texts(tmp_path / "one", "lossless")
+    turns = evaluated(folder, tmp_path / "turns", "--mode", "two")
+    assert texts(tmp_path / "turns", "lossless") == texts(tmp_path / "one", "ar")
+    assert turns["two_forwards"]
 
 
 def test_samples_depend_on_their_seed_alone(folder: Path, tmp_path: Path, done: tuple[Path, dict[str, Any]]) -> None:
@@ -227,6 +230,8 @@ def test_other_settings_in_the_same_folder_are_refused(
 
 def test_a_checkpoint_that_was_trained_on_since_is_refused(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "init", tmp_path / "init")
+    evaluated(folder, tmp_path / "out", "--limit", 1, checkpoint=str(tmp_path / "init"))
+    (tmp_path / "init" / "tuning.json").write_text("{}")  # what decoding leaves there changes no weight
     evaluated(folder, tmp_path / "out", "--limit", 1, checkpoint=str(tmp_path / "init"))
     os.utime(tmp_path / "init" / "model.safetensors", (1, 1))
     result = run(folder, tmp_path / "out", "--limit", 1, checkpoint=str(tmp_path / "init"))
@@ -339,6 +344,7 @@ def test_results_go_where_export_looks_for_them(folder: Path, tmp_path: Path) ->
         (("--chat",), 1, "--no-chat asks it as plain text"),
         (("--max-new-tokens", "400"), 1, "does not fit the model"),
         (("--block-size", "8"), 1, "block_size is 8"),
+        (("--mode", "auto"), 2, "seeds repeat no text"),
         (("--tasks", "humaneval"), 1, "--allow-code-exec"),
         (("--tasks", "gsm9k"), 1, "did you mean gsm8k?"),
         (("--tasks", ","), 2, "at least one task"),

@@ -58,6 +58,9 @@ def command(
     ] = None,
     allow_code_exec: AllowCodeExec = False,
     no_score: Annotated[bool, typer.Option("--no-score", help="Make the samples alone; see `zconvert score`.")] = False,
+    mode: Annotated[
+        options.Mode, typer.Option(help="single: forwards verify and draft at once; two: they take turns.")
+    ] = options.Mode.SINGLE,
     proposals: options.Proposals = None,
     block_size: options.BlockSize = None,
     dtype: options.DtypeOption = options.Dtype.AUTO,
@@ -74,6 +77,8 @@ def command(
     """
     counts = options.accepted_counts(proposals, block_size)
     ks = options.numbers(k, "--k")
+    if mode is options.Mode.AUTO:
+        raise typer.BadParameter("seeds repeat no text where plans change on the way", param_hint="--mode auto")
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise typer.BadParameter("name at least one task; see `zconvert tasks list`", param_hint="--tasks")
@@ -106,6 +111,7 @@ def command(
             margin=margin / 100,
             proposals=counts,
             block_size=block_size,
+            two_forwards=mode is options.Mode.TWO,
         )
         plan.decoding(settings)
         loaded = _load(checkpoint, revision, token, str(dtype), str(device), threads)

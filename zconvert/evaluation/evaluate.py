@@ -19,6 +19,7 @@ from zconvert.evaluation.samplers import BASELINE, sampler_weights
 from zconvert.evaluation.sampling import Column, Progress, ask, make_samples, plans_of
 from zconvert.evaluation.tasks import Problem, Task, load_task, problems_of
 from zconvert.page import require_drawing
+from zconvert.serving.timing import FILE as TUNING
 from zconvert.tidar.acceptance import Sampling
 from zconvert.tidar.decoding import DecodePlan
 from zconvert.tidar.generate import layout_model_of
@@ -51,6 +52,7 @@ class Plan:
     """the smallest difference in pass@k that matters"""
     proposals: tuple[int, ...] | None = None
     block_size: int | None = None
+    two_forwards: bool = False
 
     def __post_init__(self) -> None:
         check_k(self.k, self.n)
@@ -75,6 +77,7 @@ class Plan:
             eos_token_ids,
             proposals=self.proposals,
             block_size=self.block_size,
+            two_forwards=self.two_forwards,
         )
 
 
@@ -207,6 +210,7 @@ def _about(plan: Plan, settings: TidarSettings, checkpoint: Loaded, baseline: Lo
         "seed": plan.seed,
         "block_size": plan.block_size or settings.block_size,
         "proposals": None if plan.proposals is None else list(plan.proposals),
+        "two_forwards": plan.two_forwards,
         "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
         "margin": plan.margin,
         "batch_size": plan.batch_size,
@@ -221,6 +225,7 @@ def _identity(source: Source) -> dict[str, Any]:
     if source.revision is not None:
         return {"name": source.name, "revision": source.revision}
     files = sorted(path for path in source.folder.iterdir() if path.suffix in (".safetensors", ".json"))
+    files = [path for path in files if path.name != TUNING]  # grows while others decode with the checkpoint
     stamps = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return {"name": source.name, "revision": None, "files": stamps}
 

@@ -55,6 +55,7 @@ def plans_of(
     *,
     proposals: tuple[int, ...] | None = None,
     block_size: int | None = None,
+    two_forwards: bool = False,
 ) -> dict[str, DecodePlan]:
     """How each sampler decodes.
 
@@ -65,6 +66,7 @@ def plans_of(
         eos_token_ids: tokens that end a text.
         proposals: accepted counts that get a block of mask slots; None: the checkpoint's.
         block_size: tokens a forward can yield at most; None: the checkpoint's.
+        two_forwards: forwards verify and draft in turns.
 
     Raises:
         UserError: a setting that the checkpoint was not trained for.
@@ -75,9 +77,13 @@ def plans_of(
             if weight is None:
                 plans[name] = DecodePlan.autoregressive(settings.mask_token_id, sampling, eos_token_ids)
             else:
-                mixed = replace(sampling, mix_weight=weight)
                 plans[name] = DecodePlan.tidar(
-                    settings, mixed, eos_token_ids, proposals=proposals, block_size=block_size
+                    settings,
+                    replace(sampling, mix_weight=weight),
+                    eos_token_ids,
+                    proposals=proposals,
+                    block_size=block_size,
+                    two_forwards=two_forwards,
                 )
     except ValueError as error:
         raise UserError(f"these options cannot work: {error}", fix="see `zconvert evaluate --help`") from error

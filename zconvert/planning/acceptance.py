@@ -154,17 +154,16 @@ def yield_of(rates: tuple[float, ...], proposals: tuple[int, ...]) -> Yield:
 
 
 @lru_cache(maxsize=64)
-def best_sets(rates: tuple[float, ...], most: int | None = None) -> tuple[Yield, ...]:
+def best_sets(rates: tuple[float, ...]) -> tuple[Yield, ...]:
     """For each number of proposals, 1 … B, a set of them that yields most, found by adding the best count each time.
 
     Args:
         rates: of the slots of a block, B of them.
-        most: proposals in a set; None: B.
     """
     size = len(rates)
     chosen: tuple[int, ...] = ()
     found = []
-    for _ in range(min(size, most or size)):
+    for _ in range(size):
         sets = [tuple(sorted((*chosen, count))) for count in range(1, size + 1) if count not in chosen]
         best = max((yield_of(rates, each) for each in sets), key=lambda each: each.accepted)
         found.append(best)

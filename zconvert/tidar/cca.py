@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.models.zaya.modeling_zaya import ZayaCCAProjection, repeat_kv
 
 from .predecessors import Predecessors
+from .swap import become
 
 
 class PredecessorAwareCCA(ZayaCCAProjection):
@@ -72,7 +73,13 @@ class PredecessorAwareCCA(ZayaCCAProjection):
 
 
 def graft_cca(model: torch.nn.Module) -> None:
-    """Makes every CCA projection of a ZAYA model predecessor-aware, in place; weights and names stay as they are."""
+    """Makes every CCA projection of a ZAYA model predecessor-aware, in place; weights and names stay as they are.
+
+    Raises:
+        ValueError: the weights of its convolutions, which are read past their modules, are offloaded.
+    """
     for module in model.modules():
         if type(module) is ZayaCCAProjection:
-            module.__class__ = PredecessorAwareCCA
+            if any(parameter.is_meta for parameter in module.parameters()):
+                raise ValueError("ZAYA's layers cannot be offloaded to memory or disk: choose a device_map of devices")
+            become(module, PredecessorAwareCCA)

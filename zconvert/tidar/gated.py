@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .settings import GatedParts
+from .swap import become
 
 
 class Gate:
@@ -211,6 +212,7 @@ class GatedWeights(nn.Module):
         super().__init__()
         self.parts = parts
         self.gate = Gate()
+        self._decoder = (decoder,)  # in a tuple, past registration
         self.modules_by_name = nn.ModuleDict()
         width = embedding.weight.shape[1]
         for name, module, kind in list(_places(decoder, parts, width)):
@@ -234,13 +236,21 @@ class GatedWeights(nn.Module):
         for layer in layers_of(decoder):
             layer.__dict__["gated"] = self.gate
             stock: Any = type(layer)
-            layer.__class__ = _joined(_RecomputedLayer, stock)
+            become(layer, _joined(_RecomputedLayer, stock))
         self._rows: int = embedding.weight.shape[0]
         self.mask_embedding: nn.Parameter | None = None
         if parts.mask_embedding:
             some = torch.arange(min(_EMBEDDING_SAMPLE, embedding.weight.shape[0]), device=embedding.weight.device)
             self.mask_embedding = nn.Parameter(embedding(some).detach().float().mean(dim=0))
             self._graft(embedding, _GatedEmbedding, self.mask_embedding)
+
+    def place(self, dtype: torch.dtype) -> None:
+        """Brings each part to the device of the module it goes with, and all to one dtype."""
+        self.to(dtype=dtype)
+        for name, extra in self.modules_by_name.items():
+            extra.to(_device_of(self._decoder[0].get_submodule(name.replace("/", "."))))
+        if self.mask_embedding is not None:
+            self.mask_embedding.data = self.mask_embedding.data.to(_device_of(self._decoder[0].get_input_embeddings()))
 
     def with_rows(self, input_ids: Tensor) -> Tensor:
         """(R, N) ids -> the same where a virtual mask token, which has no row, is one that has: any will do."""
@@ -253,7 +263,14 @@ class GatedWeights(nn.Module):
         # Into __dict__, past nn.Module's registration: the source's state dict must not grow.
         module.__dict__["gated"] = (self.gate, extra)
         stock: Any = type(module)
-        module.__class__ = _joined(before, stock)
+        become(module, _joined(before, stock))
+
+
+def _device_of(module: Any) -> torch.device:
+    """Where a module computes: accelerate may keep its weights elsewhere in the meantime."""
+    hook = module.__dict__.get("_hf_hook")
+    place = getattr(hook, "execution_device", None)
+    return next(module.parameters()).device if place is None else torch.device(place)
 
 
 _EMBEDDING_SAMPLE = 4096

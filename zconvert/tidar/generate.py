@@ -224,7 +224,7 @@ def add_gated(layout_model: LayoutModel, settings: TidarSettings) -> None:
         weights.load_state_dict(load_file(path))
     elif settings.stages:
         raise ValueError(f"the checkpoint lacks {GATED_FILE}, the weights that {', '.join(settings.stages)} trained")
-    weights.to(device=layout_model.device, dtype=model.dtype)
+    weights.place(model.dtype)
 
 
 def _own_file(config: Any, file: str) -> str | None:

@@ -12,6 +12,7 @@ from .families import Family
 from .positions import InklingAttention, Llama4Attention
 from .short_conv import InklingConv, Lfm2Conv
 from .sinks import graft_sinks
+from .swap import become
 
 _BEFORE = {
     "Lfm2ShortConv": Lfm2Conv,
@@ -40,7 +41,7 @@ def graft(model: Any, family: Family) -> None:
         before = _BEFORE.get(type(module).__name__)
         if before is not None and not isinstance(module, before):
             stock: Any = type(module)
-            module.__class__ = _joined(before, stock)
+            become(module, _joined(before, stock))
 
 
 @cache

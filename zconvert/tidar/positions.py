@@ -28,6 +28,10 @@ class Positions:
     key: Tensor
     """(R, committed + N) int64"""
 
+    def to(self, device: torch.device | int | str, **options: Any) -> Positions:
+        """The same on another device, as tensors have it: a model may be spread over several."""
+        return Positions(self.query.to(device, **options), self.key.to(device, **options))
+
 
 class Llama4Attention:
     """Before `Llama4TextAttention`: layers without rotary embeddings scale queries by the logarithm of the position."""

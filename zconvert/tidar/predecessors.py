@@ -7,7 +7,8 @@ would read its neighbours there, labels among them. Here every tap follows the l
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,10 @@ class Predecessors:
         rows, length = self.index.shape
         row_start = torch.arange(0, rows * length, length, device=self.index.device)
         self._flat = (self.index + row_start[:, None]).flatten()
+
+    def to(self, device: torch.device | int | str, **options: Any) -> Predecessors:
+        """The same on another device, as tensors have it: a model may be spread over several."""
+        return replace(self, index=self.index.to(device, **options))
 
     def with_past(
         self, layer_idx: int, name: str, states: Tensor, boundary: Callable[[], Tensor] | None = None

@@ -193,7 +193,9 @@ def test_a_tensors_name_is_a_name_whatever_it_says(folder: Path) -> None:
         ({"transformers_weights": "other.bin"}, "transformers_weights: 'other.bin'"),
         ({"attn_implementation": "somebody/kernel"}, "attn_implementation: 'somebody/kernel'"),
         ({"_attn_implementation": "somebody/kernel@main"}, "_attn_implementation: 'somebody/kernel@main'"),
-        ({"num_hidden_layers": 9_000}, "num_hidden_layers: 9,000"),
+        ({"num_hidden_layers": 9_000}, "num_hidden_layers: 9000"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000"),
+        ({"vision_config": {"depth": 10**9}}, "depth: 1000000000"),
     ],
 )
 def test_a_configuration_that_asks_for_what_is_not_in_the_folder_is_not_loaded(
@@ -209,6 +211,7 @@ def test_an_adapter_does_not_lead_to_the_model_that_it_names(converted: Path, tm
 
 
 def test_a_checkpoints_own_code_is_never_run(converted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
     code = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
     for name in ("modeling.py", "tokenization.py", "custom_generate/generate.py"):
         (converted / name).parent.mkdir(exist_ok=True)
@@ -218,9 +221,10 @@ def test_a_checkpoints_own_code_is_never_run(converted: Path, tmp_path: Path) ->
         auto_map={"AutoConfig": "modeling.C", "AutoModelForCausalLM": "modeling.M"},
     )
     edit_json(converted / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization.T", "tokenization.T"]})
-    result = run("generate", converted, "tall", "--max-new-tokens", "3")
-    assert result.exit_code == 0, result.output
-    assert not (tmp_path / "ran").exists()
+    for command in (["generate", converted, "tall", "--max-new-tokens", "3"], ["export", converted, "--out", out]):
+        result = run(*command)
+        assert result.exit_code == 0, result.output
+        assert not (tmp_path / "ran").exists()
 
 
 def test_nothing_is_unpickled_from_inspecting_to_generating(

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from zconvert.checkpoint.anatomy import layers_of
 from zconvert.checkpoint.folder import companions
 from zconvert.checkpoint.headers import Headers
 from zconvert.checkpoint.mask_token import TOKENIZER_FILE, read_vocabulary
@@ -18,6 +17,7 @@ from zconvert.tidar.settings import GATED_FILE
 
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
+_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth", "num_nextn_predict_layers")
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -180,23 +180,23 @@ def _check_files(source: Source) -> None:
 def _check_own(source: Source, config: dict[str, Any], headers: Headers) -> None:
     """Refuses what would have transformers load something else than this folder, or run what is not its own."""
     companions(source.folder)  # all that transformers may read are files, and no links out of the folder
-    model = language_config(config)
-    strays = [
-        f"{key}: {value!r:.100}"
-        for key, value in [*config.items(), *model.items()]
-        # Other weights than those that were looked at; and attention by code that is fetched from the Hub.
-        if key == "transformers_weights" or ("implementation" in key and "/" in str(value))
-    ]
+    strays = []
+    sections = [config]
+    while sections:
+        section = sections.pop()
+        sections += [inner for inner in section.values() if isinstance(inner, dict)]
+        for key, value in section.items():
+            # Other weights than those that were looked at; attention by code of the Hub's; and layers without weights,
+            # which would be made up, were there a million of them.
+            elsewhere = key == "transformers_weights" or ("implementation" in key and "/" in str(value))
+            if elsewhere or (key in _LAYER_COUNTS and type(value) is int and value > len(headers.tensors)):
+                strays.append(f"{key}: {value!r:.100}")
     if (source.folder / "adapter_config.json").exists():  # transformers would load the model that it names, with peft
         strays.append("adapter_config.json beside a model's weights")
-    # A layer has some tensors. One that has none would be made up, be there a million of them or of another width.
-    layers = layers_of(model) or 0
-    if layers > len(headers.tensors):
-        strays.append(f"num_hidden_layers: {layers:,}, and weights of {len(headers.tensors):,} tensors")
     if strays:
         raise UserError(
             f"{source.name} asks for something that is no part of it",
-            found="; ".join(dict.fromkeys(strays)),
+            found=f"{'; '.join(strays[:5])}, beside weights of {len(headers.tensors):,} tensors",
             expected="a model whose config.json and weights are all there is to it",
             fix="take a checkpoint that you trust, or mend its config.json",
         )

@@ -22,6 +22,7 @@ from zconvert.tidar.settings import TidarSettings
 _TRUST = 24  # drafts of a slot that what is assumed of it weighs as much as
 _FADE = 0.95  # what counts keep of their weight at each look
 _EVERY = 12  # forwards between two looks at the counts
+_TRIED = 100  # a plan's forwards that weigh as much as what was foretold of it
 _SELDOM = 1024  # forwards between two plans at most
 _FIRST = 48  # forwards before texts are scored where few are known: a text costs about as much as ten forwards
 _LATER = 300  # the same where enough are known
@@ -74,6 +75,11 @@ class Option:
     tokens_per_forward: float
     tokens: tuple[float, ...]
     """in each of the forwards that take turns, of one text"""
+
+    @property
+    def key(self) -> tuple[str, int, tuple[int, ...]]:
+        """Which plan it is, whatever it yields."""
+        return self.mode, self.block_size, self.proposals
 
     def width(self, rows: int) -> tuple[float, ...]:
         """The same in a batch, where all rows are as wide as the widest: the more of them, the nearer to the most."""
@@ -161,6 +167,8 @@ class AutoPlan:
         self._taken: Counter[tuple[int, int, int]] = Counter()
         self._worth: list[Option] = []
         self._ranked: dict[int, list[Choice]] = {}
+        self._yielded: dict[object, tuple[float, float]] = {}  # plan -> tokens foretold, tokens that came
+        self._since: Option | None = None  # the plan of all forwards since the last look; None: there were several
         self._scored: dict[int, int] = {}  # id of a text at hand -> how much of it is scored
         self._look, self._due, self._wait = 0, 0, _EVERY
         self._yields, self._planned_for = 1.0, 1.0  # tokens a drafting forward gave a text lately, and at the last plan
@@ -173,8 +181,15 @@ class AutoPlan:
     def ranked(self, rows: int) -> list[Choice]:
         """The plans by their speed for so many texts at once, the fastest first."""
         if rows not in self._ranked:
-            self._ranked[rows] = choices(self.known.times, self._worth or options(self.rates, self.known), rows)
+            worth = self._worth or options(self.rates, self.known)
+            self._ranked[rows] = choices(self.known.times, [self._corrected(option) for option in worth], rows)
         return self._ranked[rows]
+
+    def _corrected(self, option: Option) -> Option:
+        """By what it yielded when it was taken: blocks smaller than trained, above all, do worse than foretold."""
+        foretold, came = self._yielded.get(option.key, (0.0, 0.0))
+        weight = _TRIED * option.tokens_per_forward
+        return replace(option, tokens_per_forward=option.tokens_per_forward * (came + weight) / (foretold + weight))
 
     def __call__(self, engine: Engine) -> None:
         """Sets the plan, if another has become the fastest."""
@@ -182,6 +197,7 @@ class AutoPlan:
         if forwards >= self._look:
             self._look = forwards + _EVERY
             drafted = self._take_in(engine.counters.verified)
+            self._since = None if self.chosen is None else self.chosen.option
             if forwards >= self._due or abs(self._yields / self._planned_for - 1) > _MOVED:
                 if forwards >= (_FIRST if len(self.known.texts) < _ENOUGH else _LATER):
                     self._score(engine)
@@ -193,8 +209,9 @@ class AutoPlan:
                     self._worth = [option for option in self._worth if option.mode != "ar"]
                     self._due = self._look
         best = self.ranked(engine.running)[0]
-        if self.chosen is None or best.option != self.chosen.option:
+        if self.chosen is None or best.option.key != self.chosen.option.key:
             engine.plan = plan_of_option(best.option, engine.plan, self._settings)
+            self._since = None
         self.chosen = best
 
     def _score(self, engine: Engine) -> None:
@@ -211,8 +228,14 @@ class AutoPlan:
 
     def _take_in(self, verified: Counter[tuple[int, int, int]]) -> bool:
         """Older counts fade as newer ones come; returns whether any did."""
-        new = {key: count for key, count in (verified - self._taken).items() if key[1]}  # those with drafts
+        every = verified - self._taken
         self._taken = Counter(verified)
+        if self._since is not None:
+            forwards, tokens = sum(every.values()), sum(key[2] * count for key, count in every.items())
+            foretold, came = self._yielded.get(self._since.key, (0.0, 0.0))
+            before = next((o.tokens_per_forward for o in self._worth if o.key == self._since.key), 0.0)
+            self._yielded[self._since.key] = foretold + forwards * before, came + tokens
+        new = {key: count for key, count in every.items() if key[1]}  # those with drafts
         if not new:
             return False
         self._counts = {key: _FADE * count for key, count in self._counts.items()}

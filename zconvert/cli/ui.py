@@ -38,7 +38,7 @@ def safe(text: str) -> str:
     r"""Without control characters, which would steer the terminal or turn the direction of the text around them.
 
     >>> safe("a\x1b[2Jb\u202e")
-    'a\N{REPLACEMENT CHARACTER}[2Jb\N{REPLACEMENT CHARACTER}'
+    'a�[2Jb�'
     """
     if text.isprintable():
         return text

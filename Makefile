@@ -6,7 +6,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt
-SOURCES := zconvert tests examples benchmarks
+SOURCES := zconvert tests examples benchmarks docs
 
 # Tests work on tiny tensors: more threads than idle cores make them many times slower.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
@@ -14,7 +14,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-slow lint format quickstart install clean
+.PHONY: help test test-slow lint format docs quickstart install clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,10 @@ lint: .venv/.installed-dev ## ruff and mypy
 format: .venv/.installed-dev ## put the sources into shape
 	$(BIN)/python -m ruff check --fix $(SOURCES)
 	$(BIN)/python -m ruff format $(SOURCES)
+
+docs: .venv/.installed ## write anew what docs/ has from the code: commands, recipes, families, masks
+	$(BIN)/python -m zconvert.cli.reference
+	$(BIN)/python docs/generate.py
 
 install: .venv/.installed-dev ## only make .venv
 

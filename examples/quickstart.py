@@ -33,6 +33,7 @@ DEFAULT_OUT = Path("out/quickstart")
 STAGES = ("convert-init", "midtrain")
 MARK = ".quickstart"
 TRAINING_PROBLEMS, BENCH_PROBLEMS, ACCURACY_PROBLEMS = 20_000, 50, 200
+ACCURACY_SEED = 7
 # Decoding runs on one thread: so small a model gains nothing from a second, and loses much where a core is busy.
 MAX_NEW_TOKENS = 128  # a worked solution has less than 100 tokens
 
@@ -57,6 +58,7 @@ def main() -> None:
     prompts = out / "prompts.jsonl"
     write_problems(train_file, "train", TRAINING_PROBLEMS)
     write_problems(prompts, "held_out", BENCH_PROBLEMS)
+    write_problems(out / "held_out.jsonl", "held_out", ACCURACY_PROBLEMS, seed=ACCURACY_SEED)  # of the task arithmetic
     for mode in RECIPES:
         for stage, path in zip(STAGES, recipes[mode], strict=True):
             zconvert(stage, path)
@@ -110,12 +112,12 @@ def paths_of(training: Path) -> tuple[Path, Path]:
     return Path(settings["output_dir"]), ROOT / settings["datasets"][0]["path"]
 
 
-def write_problems(path: Path, split: Any, count: int) -> None:
+def write_problems(path: Path, split: Any, count: int, seed: int = 1) -> None:
     """Writes problems as JSONL rows with `text`, `prompt` and `answer`."""
     say(f"# {count:,} {split.replace('_', '-')} problems → {shown(path)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        for p in islice(problems(split, seed=1), count):
+        for p in islice(problems(split, seed=seed), count):
             file.write(json.dumps({"text": p.text, "prompt": p.prompt, "answer": p.answer}) + "\n")
 
 
@@ -148,7 +150,7 @@ def accuracy(checkpoint: Path) -> float:
     say(f"# answers of {checkpoint} to {ACCURACY_PROBLEMS} held-out problems, by plain AR decoding")
     model, tokenizer = load_model(resolve(ROOT / checkpoint), dtype="float32", device="cpu")
     batches: dict[int, list[tuple[list[int], Problem]]] = defaultdict(list)  # of equal length: nothing to pad
-    for p in islice(problems("held_out", seed=7), ACCURACY_PROBLEMS):
+    for p in islice(problems("held_out", seed=ACCURACY_SEED), ACCURACY_PROBLEMS):
         ids = [tokenizer.bos_token_id, *tokenizer(p.prompt, add_special_tokens=False)["input_ids"]]
         batches[len(ids)].append((ids, p))
     right = 0

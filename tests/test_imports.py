@@ -25,11 +25,13 @@ ALLOWED = {
     "data": LEAVES | {"checkpoint.folder"},  # folders that appear whole: tokenised data are kept in such
     "checkpoint": LEAVES,
     "page": {"errors", "checkpoint.folder"},
+    "doctor": {"checkpoint.parity"},
+    "doctor_probe": set(),
     "planning": LEAVES | {"checkpoint"},
     "training": LIBRARY,
     "serving": LIBRARY,
     "evaluation": LIBRARY | {"serving"},
-    "cli": LIBRARY | {"training", "serving", "evaluation"},
+    "cli": LIBRARY | {"training", "serving", "evaluation", "doctor"},
 }
 """what each part of the package may import of the rest (itself always, the version number always)"""
 
@@ -104,6 +106,7 @@ def run_python(code: str) -> str:
     "module",
     [
         "zconvert.cli.main",
+        "zconvert.doctor",
         "zconvert.recipe",
         "zconvert.checkpoint.describe",
         "zconvert.checkpoint.source",

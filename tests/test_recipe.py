@@ -11,9 +11,11 @@ import pytest
 
 from zconvert.errors import UserError
 from zconvert.recipe import (
+    BY_STAGE,
     ConvertInitRecipe,
     DatasetRecipe,
     MidtrainRecipe,
+    PipelineRecipe,
     Recipe,
     SftRecipe,
     dump_recipe,
@@ -267,3 +269,12 @@ def test_a_file_with_the_recipes_of_all_stages_is_read_by_each_command(tmp_path:
     with pytest.raises(UserError, match="max_steps") as error:
         load_recipe(path, MidtrainRecipe)
     assert "(line 8)" in str(error.value)
+
+
+@pytest.mark.parametrize(("file", "stage"), [("midtrain", "run"), ("pipeline", "midtrain"), ("sft", "convert-init")])
+def test_a_recipe_of_another_stage_is_told_with_the_command_that_runs_it(file: str, stage: str) -> None:
+    path = Path(__file__).parent.parent / "recipes" / "zaya1-8b" / f"{file}.yaml"
+    with pytest.raises(UserError, match=f"is a {file} recipe, not a") as refused:
+        load_recipe(path, {**BY_STAGE, "run": PipelineRecipe}[stage])
+    assert refused.value.fix is not None
+    assert f"zconvert {'run' if file == 'pipeline' else file} {path}" in refused.value.fix

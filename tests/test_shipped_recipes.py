@@ -15,9 +15,10 @@ import yaml
 from typer.testing import CliRunner
 
 from tests.checkpoint.tiny import make_checkpoint
+from tests.small_recipes import made_small
 from zconvert.cli.main import app
 from zconvert.cli.recipes import folders
-from zconvert.recipe import BY_STAGE, ExtendContextRecipe, Recipe, load_pipeline, load_recipe
+from zconvert.recipe import BY_STAGE, load_pipeline, load_recipe
 from zconvert.recipe.pipeline import STAGES
 
 ROOT = Path(__file__).parent.parent
@@ -57,28 +58,6 @@ def test_a_shipped_recipe_names_its_own_command_and_folder(path: Path) -> None:
     assert all(len(line) <= 120 for line in path.read_text().splitlines())
 
 
-def made_small(path: Path, recipe: Recipe, folder: Path, base: str) -> dict[str, Any]:
-    """The recipe's own settings, its base, data and sizes swapped for tiny ones."""
-    settings = recipe.model_dump(mode="json")
-    settings |= {"base_model": base, "output_dir": str(folder / recipe.stage)}
-    if recipe.stage == "convert-init":
-        gated = settings["diffusion"].get("gated")
-        if gated:
-            gated |= {"rank": 2, "mlp_width": 8}
-        return settings
-    data: list[dict[str, str]] = [{"path": str(folder / "data.jsonl")}]
-    if recipe.stage == "sft":
-        data = [{"path": str(folder / "chat.jsonl"), "type": "chat"}]
-        settings["chat_template"] = settings["chat_template"] or str(RECIPES / "quickstart" / "chat.jinja")
-    settings |= {"datasets": data, "sequence_len": 64, "max_steps": 2, "warmup_steps": 0, "logging_steps": 1}
-    settings |= {"gradient_accumulation_steps": 1, "micro_batch_size": 1, "num_threads": 1}
-    if "evaluation" in settings:
-        settings["evaluation"] |= {"datasets": data, "rows": 1, "prompts": 1, "new_tokens": 4}
-    if isinstance(recipe, ExtendContextRecipe):
-        settings["context"] |= {"original_len": 32, "target_len": 64, "report_documents": 1}
-    return settings
-
-
 @pytest.mark.parametrize("path", PIPELINES, ids=named)
 def test_a_shipped_pipeline_goes_through_on_a_tiny_model_of_its_family(path: Path, tmp_path: Path) -> None:
     family = FAMILY[path.parent.name]
@@ -95,7 +74,8 @@ def test_a_shipped_pipeline_goes_through_on_a_tiny_model_of_its_family(path: Pat
             recipes[more] = load_recipe(more, BY_STAGE[stage])
             names[stage] = more.name
     for file, recipe in sorted(recipes.items(), key=lambda item: STAGES.index(item[1].stage)):
-        settings = made_small(file, recipe, tmp_path, base)
+        settings = recipe.model_dump(mode="json") | {"base_model": base, "output_dir": str(tmp_path / recipe.stage)}
+        settings = made_small(settings, text=tmp_path / "data.jsonl", chat=tmp_path / "chat.jsonl")
         (tmp_path / file.name).write_text(json.dumps(settings))
         base = settings["output_dir"]
     names["export"]["output_dir"] = str(tmp_path / "exported")

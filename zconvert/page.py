@@ -25,9 +25,7 @@ def require_drawing() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise UserError(
-            "drawing needs matplotlib", found=error, fix="pip install matplotlib, or zconvert with the extra `report`"
-        ) from error
+        raise UserError("drawing needs matplotlib", found=error, fix="pip install 'zconvert[report]'") from error
 
 
 def png(draw: Callable[[Any], bool], size: tuple[float, float] = (8, 4)) -> bytes | None:

@@ -16,7 +16,7 @@ def test_losses_by_position_are_shown_before_and_after(tmp_path: Path) -> None:
     recipe.write_text(json.dumps(extension_run(tmp_path)))
     result = CliRunner().invoke(app, ["extend-context", str(recipe)])
     assert result.exit_code == 0, result.output
-    assert "trained before with 16 positions" in result.output
+    assert "trained before with 16 positions" in " ".join(result.output.split())
     assert "48 – 63" in result.output
     assert result.stdout.replace("\n", "").endswith("run/checkpoint")
 

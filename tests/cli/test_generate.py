@@ -90,12 +90,8 @@ def test_blocks_are_shown_with_the_same_text(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--proposals", "1,9"), "proposals are"),
-        (("--mix-weight", "0.5"), "only 'mixed' has one"),
-        (("--block-size", "8"), "block_size is 8"),
-        (("--top-p", "0"), "top_p is 0"),
-        (("--min-p", "2"), "min_p is 2"),
-        (("--repetition-penalty", "0"), "repetition_penalty is 0"),
+        (("--proposals", "1,9"), "found: 9 expected: at most 4"),
+        (("--block-size", "8"), "found: 8 expected: at most 4"),
         (("--mode", "two", "--proposals", "3"), "with two forwards"),
     ],
 )
@@ -110,6 +106,10 @@ def test_options_that_cannot_work_are_a_users_error(checkpoint: Path, arguments:
     ("arguments", "message"),
     [
         (("--proposals", "many"), "no list of accepted counts"),
+        (("--mix-weight", "0.5"), "--mix-weight: it goes with --sampler mixed"),
+        (("--top-p", "0"), "--top-p: it is 0.0, expected more than 0"),
+        (("--min-p", "2"), "--min-p: it is 2"),
+        (("--repetition-penalty", "0"), "--repetition-penalty: it is 0"),
         (("--block-size", "4", "--proposals", "1,5"), "from 1 to 4"),
         (("--prompt", "again"), "given twice"),
         (("--json", "--show-blocks"), "leave one of them out"),

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 COMMANDS = (
-    *("inspect", "convert-init", "midtrain", "extend-context", "sft", "generate", "bench", "evaluate", "score"),
-    *("export", "run", "report", "tasks", "recipes"),
+    *("doctor", "inspect", "plan", "convert-init", "midtrain", "extend-context", "sft", "run", "report", "recipes"),
+    *("generate", "serve", "bench", "evaluate", "score", "lm-eval", "export", "tasks"),
 )
 
 # A command of its own for each way in which one can end, under the same frame as the real ones.
@@ -61,19 +61,13 @@ def end(ending: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return run(ending, code=ENDINGS, **environment)
 
 
-def test_help_lists_every_command_in_the_order_of_use() -> None:
-    done = run("--help")
-    assert done.returncode == 0
-    places = [done.stdout.index(f" {name} ") for name in COMMANDS]
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_help_lists_every_command_in_the_order_of_use_in_any_width(width: int) -> None:
+    done = run("--help", COLUMNS=str(width))
+    assert (done.returncode, done.stderr) == (0, "")
+    places = [done.stdout.index(f"\n  {name}{' ' if width > 40 else chr(10)}") for name in COMMANDS]
     assert places == sorted(places)
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_help_of_a_command_fits_80_columns_and_ends_with_examples(command: str) -> None:
-    done = run(command, "--help")
-    assert done.returncode == 0
-    assert f"$ zconvert {command} " in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "\x1b" not in done.stdout
 
 
 def test_version_is_the_packages() -> None:
@@ -165,8 +159,7 @@ def test_numbers_that_json_lacks_are_never_written() -> None:
 def test_colours_come_to_terminals_only_and_never_with_no_color() -> None:
     assert "\x1b" not in end("user-error").stderr
     assert "\x1b" in end("user-error", FORCE_COLOR="1").stderr
-    # NO_COLOR leaves bold, but no colour codes (30 to 37, 90 to 97).
-    assert "\x1b[1;31m" not in end("user-error", FORCE_COLOR="1", NO_COLOR="1").stderr
+    assert "\x1b" not in end("user-error", FORCE_COLOR="1", NO_COLOR="1").stderr
 
 
 def test_a_reader_that_goes_away_ends_the_command_quietly() -> None:

@@ -343,7 +343,7 @@ def test_results_go_where_export_looks_for_them(folder: Path, tmp_path: Path) ->
         (("--samplers", "turbo"), 2, "no sampler"),
         (("--chat",), 1, "--no-chat asks it as plain text"),
         (("--max-new-tokens", "400"), 1, "does not fit the model"),
-        (("--block-size", "8"), 1, "block_size is 8"),
+        (("--block-size", "8"), 1, "--block-size is larger than the checkpoint"),
         (("--mode", "auto"), 2, "seeds repeat no text"),
         (("--tasks", "humaneval"), 1, "--allow-code-exec"),
         (("--tasks", "gsm9k"), 1, "did you mean gsm8k?"),

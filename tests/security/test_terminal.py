@@ -44,8 +44,9 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
 def test_every_way_to_print_shows_text_as_text(terminal: io.StringIO) -> None:
     table = Table(STEERING, title=MARKUP)
     table.add_row(STEERING + MARKUP)
-    for shown in (STEERING + MARKUP, Text(STEERING + MARKUP), table, ui.facts([(STEERING, MARKUP)])):
+    for shown in (STEERING + MARKUP, Text(STEERING + MARKUP), table):
         ui.out.print(shown, soft_wrap=True)
+    ui.show_facts([(STEERING, MARKUP)])
     ui.print_error(UserError(STEERING, found=STEERING, expected=MARKUP, fix=STEERING))
     show_blocks(STEERING + MARKUP, 0)
     assert is_harmless(terminal.getvalue())

@@ -103,7 +103,7 @@ def test_texts_end_before_stop_strings(model: Model, tmp_path: Path) -> None:
         ("{", "EOF"),
         ("", "EOF"),
         ("[]", "object"),
-        ('{"text": "a"}', "text: Extra inputs"),
+        ('{"text": "a"}', "text: there is no such key"),
         ("{}", 'either "prompt" or "messages"'),
         ('{"prompt": "a", "messages": []}', 'either "prompt" or "messages"'),
         ('{"prompt": 3}', "prompt: Input should be a valid string"),

@@ -89,7 +89,7 @@ def test_all_stages_run_and_then_are_skipped(pipeline: Path) -> None:
 def test_a_dry_run_tells_and_writes_nothing(pipeline: Path) -> None:
     before = sorted(pipeline.parent.rglob("*"))
     code, text = run(pipeline, "--dry-run")
-    assert (code, "converted: runs" in text) == (0, True)
+    assert (code, "converted: runs" in text, "exported: after it" in text) == (0, True, True)
     assert sorted(pipeline.parent.rglob("*")) == before
 
 

@@ -19,6 +19,7 @@ from zconvert.checkpoint.small_files import read_small
 from zconvert.errors import UserError
 
 _DECODER = json.JSONDecoder()
+_AGAIN = "download or copy the file again"
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -42,9 +43,11 @@ def read_json_text(path: Path) -> str:
     try:
         return read_small(path).decode("utf-8")
     except OSError as error:
-        raise UserError(f"{path} cannot be read", found=error.strerror) from error
+        raise UserError(
+            f"{path} cannot be read", found=error.strerror, fix="check the path and its permissions"
+        ) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a JSON file", found=str(error), expected="UTF-8 text") from error
+        raise UserError(f"{path} is not a JSON file", found=str(error), expected="UTF-8 text", fix=_AGAIN) from error
 
 
 def parse_json_object(text: str, name: str = "JSON") -> dict[str, Any]:
@@ -57,9 +60,9 @@ def parse_json_object(text: str, name: str = "JSON") -> dict[str, Any]:
         with _collector_paused():
             document = json.loads(text)
     except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
-        raise UserError(f"{name} is malformed", found=str(error), expected="a JSON object") from error
+        raise UserError(f"{name} is malformed", found=str(error), expected="a JSON object", fix=_AGAIN) from error
     if not isinstance(document, dict):
-        raise UserError(f"{name} is malformed", found=type(document).__name__, expected="a JSON object")
+        raise UserError(f"{name} is malformed", found=type(document).__name__, expected="a JSON object", fix=_AGAIN)
     return document
 
 
@@ -113,7 +116,8 @@ def patch_json(
         start = item.value_start
         if text[start] != "{":
             path = ".".join(inside[: depth + 1])
-            raise UserError(f"{name} is not as expected: {path} is no object", found=text[start : start + 40])
+            found = text[start : start + 40]
+            raise UserError(f"{name} is not as expected: {path} is no object", found=found, fix=_AGAIN)
     unit = _indent_unit(text)
     for key in remove:
         while (item := _find(text, start, key)) is not None and key not in changes:
@@ -143,7 +147,8 @@ def append_to_list(text: str, key: str, item: Any, *, name: str = "JSON") -> str
     if member is None:
         return patch_json(text, {key: [item]}, name=name)
     if text[member.value_start] != "[":
-        raise UserError(f"{name} is not as expected: {key} is no list", found=text[member.value_start :][:40])
+        found = text[member.value_start :][:40]
+        raise UserError(f"{name} is not as expected: {key} is no list", found=found, fix=_AGAIN)
     new = _append(text, member.value_start, "", item, _indent_unit(text))
     _verify(new, document, {key: [*document[key], item]}, set(), (), name)
     return new

@@ -37,7 +37,7 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto", sha
         UserError: the checkpoint cannot be loaded, a weight is missing, or the device cannot take it.
     """
     if dtype not in DTYPES:
-        raise UserError("there is no such dtype", found=dtype, expected=", ".join(DTYPES))
+        raise UserError("there is no such dtype", found=dtype, expected=", ".join(DTYPES), fix="choose one of these")
     import torch
 
     place = _device(device)
@@ -210,7 +210,8 @@ def _device(name: str) -> Any:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError("there is no such device", found=name, expected=", ".join(DEVICES)) from error
+        expected = ", ".join(DEVICES)
+        raise UserError("there is no such device", found=name, expected=expected, fix="choose one of these") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "there is no CUDA device that torch can use",

@@ -142,7 +142,12 @@ def choose_mask_token(
         # A new entry was asked for by its id: its text must be new too.
         return _new(vocabulary, next(text for text in _new_texts() if text not in vocabulary.ids), rows)
     if wanted is not None and not wanted.strip():
-        raise UserError("the mask token has no text", found=repr(wanted), expected="a text such as <mask>, or an id")
+        raise UserError(
+            "the mask token has no text",
+            found=repr(wanted),
+            expected="a text such as <mask>, or an id",
+            fix="give one, or leave it out: zconvert then chooses",
+        )
     declared = _declared_mask_token(folder)
     for text in [wanted] if wanted is not None else [declared, *KNOWN_MASK_TOKENS]:
         if text is not None and text in vocabulary.ids:

@@ -62,7 +62,8 @@ def compare_logits(plan: Plan, folder: Path) -> tuple[int, float]:
             with torch.inference_mode():
                 logits = model(torch.tensor([ids]), use_cache=False).logits
         except RuntimeError as error:  # of torch: no memory, an operation that is missing here
-            raise UserError(f"{source.name} does not run here", found=error) from error
+            fix = "--verify bytes leaves out what has to run"
+            raise UserError(f"{source.name} does not run here", found=error, fix=fix) from error
         logits = logits[0, :, : plan.rows.before].float().clone()
         logits[:, plan.mask.id : plan.mask.id + 1] = 0  # the one column that the conversion changes
         return text, ids, logits

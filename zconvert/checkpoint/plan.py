@@ -202,7 +202,9 @@ def _settings(source: Source, mask: MaskToken, choices: Choices) -> TidarSetting
             gated=choices.gated,
         )
     except ValueError as error:
-        raise UserError("the conversion's settings cannot work", found=error, fix="correct them") from error
+        raise UserError(
+            "the conversion's settings cannot work", found=error, fix="choose other options, or correct the recipe"
+        ) from error
 
 
 def _texts(folder: Path, config: dict[str, Any], settings: TidarSettings, rows: TokenRows) -> dict[str, str]:

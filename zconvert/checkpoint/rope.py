@@ -152,6 +152,7 @@ def _layer_types(parameters: Mapping[str, Any], change: RopeChange) -> list[str]
             "context.layer_types names layers that the model does not have",
             found=", ".join(unknown),
             expected=f"some of {', '.join(there)}",
+            fix="correct context.layer_types in the recipe, or leave it out: all layers",
         )
     if change.layer_types is not None:
         return list(change.layer_types)

@@ -103,7 +103,7 @@ def resolve(
         f"{text}: no such folder",
         found="nothing there" if _exists(folder.parent) else f"no folder {folder.parent} either",
         expected="a checkpoint's folder, a training run's folder, or a Hub id such as Qwen/Qwen3-30B-A3B",
-        fix="check the spelling",
+        fix=f"check the spelling; paths begin in the folder that you are in, {Path.cwd()}",
     )
 
 

@@ -31,9 +31,12 @@ def read_without_merges(path: Path) -> str:
     try:
         return _MERGES.sub(b'"merges":[]', read_small(path)).decode("utf-8")
     except OSError as error:
-        raise UserError(f"{path} cannot be read", found=error.strerror) from error
+        raise UserError(
+            f"{path} cannot be read", found=error.strerror, fix="check the path and its permissions"
+        ) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a JSON file", found=str(error), expected="UTF-8 text") from error
+        fix = "download or copy the file again"
+        raise UserError(f"{path} is not a JSON file", found=str(error), expected="UTF-8 text", fix=fix) from error
 
 
 def check_growth(document: dict[str, Any], path: Path) -> None:

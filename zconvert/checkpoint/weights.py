@@ -86,7 +86,12 @@ def read_chunks(path: Path, tensor: TensorInfo) -> Iterator[bytes]:
         while left > 0:
             chunk = file.read(min(left, _CHUNK))
             if not chunk:
-                raise UserError(f"{path} is truncated", found="its end", expected=f"{left} bytes more of {tensor.name}")
+                raise UserError(
+                    f"{path} is truncated",
+                    found="its end",
+                    expected=f"{left} bytes more of {tensor.name}",
+                    fix="download or copy the file again",
+                )
             left -= len(chunk)
             yield chunk
 

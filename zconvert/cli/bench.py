@@ -13,7 +13,7 @@ from rich.text import Text
 
 from zconvert.checkpoint.source import Source, require_converted, resolve
 from zconvert.cli import options
-from zconvert.cli.ui import err, out, print_json, progress
+from zconvert.cli.ui import err, out, print_json, progress, show_table
 from zconvert.errors import UserError
 from zconvert.tidar.settings import TidarSettings
 
@@ -33,6 +33,7 @@ BUILT_IN_PROMPTS = (
 """used where the user names none"""
 
 _BARS = " ▁▂▃▄▅▆▇█"
+_RIVALS = "Rivals"
 
 
 def command(
@@ -41,68 +42,107 @@ def command(
         Path | None,
         typer.Option(help='JSONL file, one {"prompt": …} (or {"text": …}) a line. Default: a few English sentences.'),
     ] = None,
-    num_prompts: Annotated[int | None, typer.Option(min=1, help="Take only so many, from the start.")] = None,
+    num_prompts: Annotated[int | None, typer.Option(min=1, help="Take only the first N prompts.")] = None,
     batch_size: Annotated[
-        list[int] | None, typer.Option(min=1, help="Texts at a time; may be given several times.", show_default="1")
+        list[int] | None,
+        typer.Option(min=1, help="Texts decoded at a time; may be given several times.", show_default="1"),
     ] = None,
     max_new_tokens: Annotated[
-        list[int] | None, typer.Option(min=1, help="Tokens for a prompt at most; likewise.", show_default="128")
+        list[int] | None,
+        typer.Option(min=1, help="Tokens of a text at most; may be given several times.", show_default="128"),
     ] = None,
     prompt_tokens: Annotated[
-        list[int] | None, typer.Option(min=1, help="Cut or repeat prompts to so many tokens; likewise.")
+        list[int] | None, typer.Option(min=1, help="Cut or repeat each prompt to N tokens; may be given several times.")
     ] = None,
     mode: Annotated[
         list[options.Mode] | None,
         typer.Option(
-            help="single: a forward verifies and drafts; two: they take turns; auto: as suits the machine; likewise.",
+            help="single: forwards verify and draft at once; two: they take turns; auto: whichever is faster here; "
+            "may be given several times.",
             show_default="single",
+            rich_help_panel=options.DECODING,
         ),
     ] = None,
     proposals: Annotated[
         list[str] | None,
-        typer.Option(metavar="1,3,5", help="Accepted counts that get a proposal block; likewise."),
+        typer.Option(
+            metavar="1,3,5",
+            help="Accepted counts that get a block of drafts for the next forward; may be given several times. "
+            "Default: the checkpoint's.",
+            rich_help_panel=options.DECODING,
+        ),
     ] = None,
     block_size: options.BlockSize = None,
     mix_weight: Annotated[
         list[float] | None,
-        typer.Option(min=0.0, max=1.0, help="w of a mixed sampler; likewise.", show_default="0.5"),
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Of the mixed sampler: AR's share in what drafts are verified by; may be given several times.",
+            show_default="0.5",
+            rich_help_panel=options.DECODING,
+        ),
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="Another checkpoint, such as the source: plain AR, and whether texts are its.")
+        str | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Another checkpoint, such as the source: its plain AR, and whether texts are the same as its.",
+            rich_help_panel=_RIVALS,
+        ),
     ] = None,
-    stock: Annotated[bool, typer.Option(help="Measure `generate` of stock transformers, too.")] = True,
+    stock: Annotated[
+        bool, typer.Option(help="Measure `generate` of stock transformers, too.", rich_help_panel=_RIVALS)
+    ] = True,
     prompt_lookup: Annotated[
-        bool, typer.Option("--prompt-lookup", help="And with its prompt lookup: no conversion needed.")
+        bool,
+        typer.Option(
+            "--prompt-lookup",
+            help="Measure transformers' prompt lookup, too, which needs no conversion.",
+            rich_help_panel=_RIVALS,
+        ),
     ] = False,
     assistant: Annotated[
-        str | None, typer.Option(help="And with this smaller checkpoint as the assistant: no conversion needed.")
+        str | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Measure transformers' assisted decoding, too, with this smaller checkpoint as the assistant.",
+            rich_help_panel=_RIVALS,
+        ),
     ] = None,
     tune: Annotated[
         bool, typer.Option("--tune", help="Show what --mode auto knows of this machine and would choose.")
     ] = False,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.", rich_help_panel=options.DECODING)] = 0.0,
     plot: Annotated[Path | None, typer.Option(help="Draw the speeds into this PNG file.")] = None,
     dtype: options.DtypeOption = options.Dtype.FLOAT32,
     device: options.DeviceOption = options.Device.AUTO,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's choice.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the random numbers above temperature 0.")] = 0,
+    threads: options.Threads = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of sampling above temperature 0.", rich_help_panel=options.DECODING)
+    ] = 0,
     as_json: options.Json = False,
     revision: options.Revision = None,
     token: options.Token = None,
 ) -> None:
     """Measure decoding speed against plain AR and stock transformers, on the same prompts, in turns.
 
-    Example: zconvert bench CHECKPOINT --prompts prompts.jsonl --batch-size 1 --batch-size 8 --mode single --mode auto
+    Every combination of the options that may be given several times is measured. `--json > bench.json` keeps the
+    numbers for `export --results`, which puts them into the model card.
     """
     sets = [options.accepted_counts(each, block_size) for each in dict.fromkeys(proposals or [])] or [None]
     texts = list(BUILT_IN_PROMPTS) if prompts is None else read_prompts(prompts)
     texts = texts[:num_prompts]
+    if plot is not None and not plot.absolute().parent.is_dir():
+        raise UserError(
+            f"--plot {plot}: there is no such folder", found=plot.parent, fix="make it, or choose another one"
+        )
     with err.status(Text(f"Reading {checkpoint} …")):
         # Settings are checked before whole weights are fetched or read.
         source = resolve(checkpoint, revision=revision, token=token, weights=False)
         settings = require_converted(source)
         for counts in sets:
-            _check_fit(settings, block_size, counts)
+            options.require_fit(settings, block_size, counts)
         source = resolve(checkpoint, revision=revision, token=token)
         model, tokenizer = _load(source, str(dtype), str(device), threads)
         plain, helper = (
@@ -157,12 +197,12 @@ def command(
     if tune:
         assert known is not None
         document["tuning"] = tuning_of(known, settings, document)
-    if plot is not None:
-        draw(document, plot)
     if as_json:
         print_json(document)
     else:
         show(document)
+    if plot is not None:  # last: what was measured is told already, whatever becomes of the figure
+        draw(document, plot)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -171,27 +211,24 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         UserError: it cannot be read, a line is not what it should be, or there is none.
     """
+    from zconvert.serving.batch import read_lines
+
     texts = []
-    expected = 'one JSON object a line, with a text under "prompt" or "text"'
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read", found=error.strerror, expected="a JSONL file of prompts") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text", found=error, expected=expected) from error
-    for number, line in enumerate(lines, 1):
+    expected, fix = 'one JSON object a line, with a text under "prompt" or "text"', "correct the line"
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number} is not JSON", found=error, expected=expected) from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number} is not JSON", found=error, expected=expected, fix=fix) from error
         text = row.get("prompt", row.get("text")) if isinstance(row, dict) else None
         if not isinstance(text, str):
-            raise UserError(f"{path}, line {number} has no prompt", found=line[:60], expected=expected)
+            raise UserError(f"{path}, line {number} has no prompt", found=line[:60], expected=expected, fix=fix)
         texts.append(text)
     if not texts:
-        raise UserError(f"{path} has no prompts", found="no lines", expected=expected)
+        fix = "give a file with some, or leave --prompts out"
+        raise UserError(f"{path} has no prompts", found="no lines", expected=expected, fix=fix)
     return texts
 
 
@@ -209,7 +246,7 @@ def show(document: dict[str, Any]) -> None:
     for place in dict.fromkeys(_place(entry) for entry in results):
         out.print()
         out.print(place)
-        out.print(_table([entry for entry in results if _place(entry) == place], document))
+        show_table(_table([entry for entry in results if _place(entry) == place], document))
     for entry in results:
         if "unavailable" in entry:
             out.print(Text(f"{entry['name']} does not work for this model: {entry['unavailable']}", style="yellow"))
@@ -290,7 +327,7 @@ def _show_tuning(tuning: dict[str, Any]) -> None:
         table.add_column(n, justify="right", no_wrap=True)
     for rows, row in tuning["forward_ms"].items():
         table.add_row(rows, *[f"{row[n]:.1f}" for n in shown])
-    out.print(table)
+    show_table(table)
     for rows, ranked in tuning["choices"].items():
         out.print()
         table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
@@ -309,7 +346,7 @@ def _show_tuning(tuning: dict[str, Any]) -> None:
                     f"{choice['forward_ms']:.1f}",
                     f"{choice['tokens_per_second']:.0f}",
                 )
-        out.print(table)
+        show_table(table)
 
 
 def bars(counts: list[int]) -> str:
@@ -354,15 +391,6 @@ def _of(count: int | None, total: int) -> str:
 
 def _list(items: list[Any]) -> str:
     return ", ".join(map(str, items))
-
-
-def _check_fit(settings: TidarSettings, block_size: int | None, proposals: tuple[int, ...] | None) -> None:
-    """Refuses a block or a count larger than the checkpoint was trained for."""
-    expected = f"at most {settings.block_size}, the block size of the checkpoint"
-    if block_size is not None and block_size > settings.block_size:
-        raise UserError("--block-size is larger than the checkpoint's", found=block_size, expected=expected)
-    if proposals is not None and proposals[-1] > settings.block_size:
-        raise UserError("--proposals go past the checkpoint's blocks", found=proposals[-1], expected=expected)
 
 
 def _load(source: Source, dtype: str, device: str, threads: int | None) -> tuple[Any, Any]:

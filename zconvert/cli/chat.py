@@ -21,6 +21,8 @@ from zconvert.tidar.decoding import DecodePlan, Request
 from zconvert.tidar.engine import Engine
 from zconvert.tidar.model import LayoutModel
 
+_RESET = "/reset and begin anew"
+
 
 def require_template(tokenizer: Any) -> None:
     """Refuses a checkpoint that no conversation can be written for.
@@ -90,9 +92,9 @@ class Chat:
         try:
             prompt = asking_ids(said, self.tokenizer)
             if self.context is not None and len(prompt) + self.max_new_tokens > self.context:
-                raise UserError("the conversation is too long", found=plural(len(prompt), "token"))
+                raise UserError("the conversation is too long", found=plural(len(prompt), "token"), fix=_RESET)
         except UserError as error:  # such as a template that wants the roles to take turns
-            print_error(UserError(error.what, found=error.found, fix="/reset and begin anew"))
+            print_error(UserError(error.what, found=error.found, fix=_RESET))
             return
         seed = None if self.seed is None else self.seed + self.answers
         text, tally = GrowingText(self.tokenizer, prompt, self.stops), Tally()

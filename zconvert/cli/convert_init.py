@@ -12,7 +12,7 @@ from rich.text import Text
 
 from zconvert.checkpoint.source import resolve
 from zconvert.cli import options
-from zconvert.cli.ui import err, facts, out, print_json, size
+from zconvert.cli.ui import err, out, print_json, show_facts, show_table, size
 from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, MAX_BLOCK_SIZE, GatedParts
 
 if TYPE_CHECKING:
@@ -50,9 +50,11 @@ def command(
             help="A checkpoint's folder, a training run's folder, a Hub id, or a recipe (*.yaml) with these settings.",
         ),
     ],
-    output: Annotated[Path | None, typer.Option("--out", help="Folder to write; must not exist.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write; must not exist. Required, but beside a recipe.")
+    ] = None,
     block_size: Annotated[
-        int, typer.Option(min=2, max=MAX_BLOCK_SIZE, help="Tokens per diffusion block.")
+        int, typer.Option(min=2, max=MAX_BLOCK_SIZE, help="Tokens of a diffusion block.")
     ] = DEFAULT_BLOCK_SIZE,
     mask_token: Annotated[
         str | None,
@@ -66,18 +68,18 @@ def command(
     ] = "mean",
     proposals: Annotated[
         str | None,
-        typer.Option(metavar="1,3,5", help="Accepted counts that get a proposal block in decoding. Default: all."),
+        typer.Option(metavar="1,3,5", help="Accepted counts that get a block of drafts in decoding. Default: all."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of --mask-init random.")] = 0,
     mode: Annotated[
         Mode, typer.Option(help="full: training moves every weight. gated: the source stays, small weights are added.")
     ] = Mode.FULL,
     copy: Annotated[
-        bool, typer.Option("--copy", help="Copy unchanged weight files too, instead of linking them.")
+        bool, typer.Option("--copy", help="Copy weight files that do not change, too, instead of linking them.")
     ] = False,
     verify: Annotated[
         Verify,
-        typer.Option(help="What to look at afterwards. auto: all bytes, and where the model is small its logits."),
+        typer.Option(help="What to compare afterwards. auto: all bytes, and the logits where the model is small."),
     ] = Verify.AUTO,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Tell what would happen to each file; write nothing.")
@@ -178,7 +180,7 @@ def _carry_out(plan: Plan, verify: Verify) -> Report:
 def _show_plan(plan: Plan) -> None:
     document = plan.to_dict()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("File", overflow="fold")
+    table.add_column("File", no_wrap=True)
     table.add_column("What happens", no_wrap=True)
     table.add_column("Size", justify="right", no_wrap=True)
     table.add_column("Written", justify="right", no_wrap=True)
@@ -186,17 +188,17 @@ def _show_plan(plan: Plan) -> None:
         style = "dim" if step.action == "link" else ""
         cells = (step.name, step.action, size(step.bytes), size(step.written) if step.written else "-")
         table.add_row(*(Text(cell) for cell in cells), style=style)
-    out.print(table)
+    show_table(table)
     free = "" if document["bytes_free"] is None else f"; {size(document['bytes_free'])} are free there"
     out.print()
     out.print(Text(f"Would write {size(document['bytes_written'])} to {plan.out}{free}"), soft_wrap=True)
-    out.print(facts(_choices(plan)))
+    show_facts(_choices(plan))
 
 
 def _show(report: Report) -> None:
     plan = report.plan
     out.print(Text(f"Wrote {plan.out}"), soft_wrap=True)
-    out.print(facts([*_choices(plan), ("written", _written(plan)), ("verified", "\n".join(_verified(report)))]))
+    show_facts([*_choices(plan), ("written", _written(plan)), ("verified", "\n".join(_verified(report)))])
     out.print(Text.assemble(("Next: ", "bold"), "zconvert midtrain RECIPE.yaml, with base_model: ", str(plan.out)))
 
 

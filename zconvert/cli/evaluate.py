@@ -15,14 +15,23 @@ from rich.text import Text
 
 from zconvert.checkpoint.source import RUN_CHECKPOINT, Source, require_converted, resolve
 from zconvert.cli import options
-from zconvert.cli.ui import err, out, print_json
+from zconvert.cli.ui import err, out, print_json, show_table
 
 FOLDER = "evaluation"
 
 AllowCodeExec = Annotated[
     bool,
-    typer.Option("--allow-code-exec", help="Run the programs that the model wrote, to score tasks in code."),
+    typer.Option(
+        "--allow-code-exec", help="Run the programs that the model wrote, in a sandbox, to score tasks in code."
+    ),
 ]
+
+
+def task_names(incomplete: str) -> list[str]:
+    """For the shell: the tasks that come with zconvert."""
+    from zconvert.evaluation.tasks import names
+
+    return [name for name in names() if name.startswith(incomplete)]
 
 
 def command(
@@ -30,43 +39,87 @@ def command(
     tasks: Annotated[
         str,
         typer.Option(
-            metavar="NAME,…", help="From `zconvert tasks list`, or .yaml files; NAME=FILE reads the rows from a file."
+            metavar="NAME,…",
+            help="From `zconvert tasks list`, or .yaml files; NAME=FILE reads the rows from a file.",
+            autocompletion=task_names,
         ),
     ],
     baseline: Annotated[
         str | None,
-        typer.Option(help="The source, or another checkpoint: its plain AR is what all is held against."),
+        typer.Option(
+            metavar="CHECKPOINT", help="The source, or another checkpoint: its plain AR is what all is held against."
+        ),
     ] = None,
-    samplers: Annotated[str, typer.Option(metavar="ar,lossless,mix:0.5", help="Ways to decode.")] = "ar,lossless",
-    k: Annotated[str, typer.Option(metavar="1,4,16", help="pass@k: at least one of k samples is right.")] = "1",
-    n: Annotated[int | None, typer.Option(min=1, help="Samples of each problem. Default: the largest k.")] = None,
+    samplers: Annotated[
+        str,
+        typer.Option(
+            metavar="ar,lossless,mix:0.5",
+            help="Ways to decode; mix:W is the mixed sampler with AR's share W.",
+            rich_help_panel=options.DECODING,
+        ),
+    ] = "ar,lossless",
+    k: Annotated[
+        str,
+        typer.Option(
+            metavar="1,4,16",
+            help="Of pass@k: the share of problems of which one of k samples is right.",
+            rich_help_panel=options.SAMPLING,
+        ),
+    ] = "1",
+    n: Annotated[
+        int | None,
+        typer.Option(min=1, help="Samples of each problem. Default: the largest k.", rich_help_panel=options.SAMPLING),
+    ] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="0: greedy. Default: 0 for one sample of a problem, else 0.8.")
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="0: greedy. Default: 0 for one sample of a problem, else 0.8.",
+            rich_help_panel=options.SAMPLING,
+        ),
     ] = None,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total.")] = 1.0,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Problems of each task, from the start; all if not given.")
+    top_p: Annotated[
+        float,
+        typer.Option(
+            help="Sample among the likeliest tokens of this total probability.", rich_help_panel=options.SAMPLING
+        ),
+    ] = 1.0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take only the first N problems of each task.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of an answer at most. Default: each task's.")
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer. Default: each task's.")] = None,
     chat: Annotated[
-        bool | None, typer.Option("--chat/--no-chat", help="Ask by the chat template or not. Default: each task's.")
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Ask with the chat template, or as plain text. Default: each task's."),
     ] = None,
-    margin: Annotated[float, typer.Option(min=0.01, help="Points of pass@k that matter, for the verdict.")] = 2.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts decoded at a time, in every column.")] = 8,
+    margin: Annotated[
+        float, typer.Option(min=0.01, help="Percentage points of pass@k that matter to the verdict.")
+    ] = 2.0,
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Texts decoded at a time, in every column of the report.", rich_help_panel=options.DECODING
+        ),
+    ] = 8,
     output: Annotated[
         Path | None, typer.Option("--out", help="Folder of the evaluation. Default: evaluation/ in the run's folder.")
     ] = None,
     allow_code_exec: AllowCodeExec = False,
-    no_score: Annotated[bool, typer.Option("--no-score", help="Make the samples alone; see `zconvert score`.")] = False,
+    no_score: Annotated[
+        bool, typer.Option("--no-score", help="Make the samples and stop; `zconvert score` goes on from there.")
+    ] = False,
     mode: Annotated[
-        options.Mode, typer.Option(help="single: forwards verify and draft at once; two: they take turns.")
+        options.Mode,
+        typer.Option(
+            help="single: forwards verify and draft at once; two: they take turns.", rich_help_panel=options.DECODING
+        ),
     ] = options.Mode.SINGLE,
     proposals: options.Proposals = None,
     block_size: options.BlockSize = None,
     dtype: options.DtypeOption = options.Dtype.AUTO,
     device: options.DeviceOption = options.Device.AUTO,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's choice.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
+    threads: options.Threads = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.", rich_help_panel=options.SAMPLING)] = 0,
     as_json: options.Json = False,
     revision: options.Revision = None,
     token: options.Token = None,
@@ -85,24 +138,22 @@ def command(
     chosen = _samplers(samplers)
     source = resolve(checkpoint, revision=revision, token=token, weights=False)
     settings = require_converted(source)
+    options.require_fit(settings, block_size, counts)
     from zconvert.evaluation.tasks import load_task
 
     for name in names:  # before weights are fetched or read
         load_task(name)
     with err.status(Text(f"Loading {checkpoint} …")):
         from zconvert.evaluation.evaluate import Plan, evaluate
-        from zconvert.tidar.acceptance import Sampling
 
         samples = n or max(ks)
         heat = temperature if temperature is not None else 0.8 if samples > 1 else 0.0
-        if not 0 < top_p <= 1:
-            raise typer.BadParameter(f"{top_p:g} is not more than 0 and at most 1", param_hint="--top-p")
         plan = Plan(
             tasks=names,
             samplers=chosen,
             k=ks,
             n=samples,
-            sampling=Sampling(heat, top_p=top_p),
+            sampling=options.sampling(temperature=heat, top_p=top_p),
             limit=limit,
             max_new_tokens=max_new_tokens,
             chat=chat,
@@ -130,17 +181,24 @@ def command(
             on_score=lambda task, column, done, total: tell(f"{task}, {column}", "scores", done, total),
         )
     if results is None:
-        out.print(Text(str(folder / "samples")), soft_wrap=True)
+        made = str(folder / "samples")
+        print_json({"samples": made}) if as_json else out.print(Text(made), soft_wrap=True)
         return
     _finish(results, folder, as_json)
 
 
 def score(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Of an evaluation: --out of `zconvert evaluate`.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", help="What --out of `zconvert evaluate` was, such as ./my-run/evaluation."),
+    ],
     allow_code_exec: AllowCodeExec = False,
     as_json: options.Json = False,
 ) -> None:
-    """Score the samples of an evaluation anew, as its task files say now."""
+    """Score the samples of an evaluation anew, as its task files say now.
+
+    No model is needed: the samples lie in the folder. results.json and report.html are written anew.
+    """
     from zconvert.evaluation.evaluate import rescore
 
     with progress_bars() as tell:
@@ -171,7 +229,7 @@ def show(results: Mapping[str, Any]) -> None:
                 f"{entry['tokens_per_second']:,.1f}",
                 f"{entry['mean_tokens']:,.0f}",
             )
-        out.print(table)
+        show_table(table)
         for sentence in (*faults(results, task), *sentences(results, task)):
             out.print(Text(f"- {sentence}"))
         out.print()
@@ -223,7 +281,8 @@ def progress_bars() -> Iterator[Callable[[str, str, int, int], None]]:
         MofNCompleteColumn(),
         TextColumn("{task.fields[what]}"),
     )
-    with Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err) as bars:
+    shown = err.is_terminal  # into a file, an empty line would be all
+    with Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err, disable=not shown) as bars:
         tasks: dict[str, Any] = {}
 
         def tell(name: str, what: str, done: int, total: int) -> None:

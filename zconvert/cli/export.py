@@ -14,7 +14,7 @@ from rich.text import Text
 
 from zconvert.checkpoint.source import Source, resolve
 from zconvert.cli import options
-from zconvert.cli.ui import err, facts, out, print_json, size
+from zconvert.cli.ui import err, out, print_json, show_facts, show_table, size
 from zconvert.tidar.settings import GATED_FILE
 
 if TYPE_CHECKING:
@@ -52,20 +52,24 @@ def command(
         Path | None, typer.Option(metavar="FILE", help="What `zconvert bench --json` printed, for the model card.")
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Reload it on its own and compare, before it gets its name.")
+        bool,
+        typer.Option("--verify/--no-verify", help="Reload the export on its own and compare, before it gets its name."),
     ] = True,
     private: Annotated[
         bool, typer.Option("--private", help="Make a new repository private.", rich_help_panel=_TO_HUB)
     ] = False,
     revision: Annotated[
         str | None,
-        typer.Option(help="With --hub the branch to push to; else the revision of a CHECKPOINT on the Hub."),
+        typer.Option(
+            help="With --hub the branch to push to; else the revision of a CHECKPOINT on the Hub.",
+            rich_help_panel=options.MACHINE,
+        ),
     ] = None,
     create_pr: Annotated[
         bool, typer.Option("--create-pr", help="Open a pull request.", rich_help_panel=_TO_HUB)
     ] = False,
     commit_message: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Of the commit.", rich_help_panel=_TO_HUB)
+        str | None, typer.Option(metavar="TEXT", help="Message of the commit.", rich_help_panel=_TO_HUB)
     ] = None,
     force: Annotated[
         bool,
@@ -79,7 +83,7 @@ def command(
         bool,
         typer.Option(
             "--merge-to-ar",
-            help="Write the source of a gated checkpoint, every file as it was.",
+            help="Write the source of a gated checkpoint to --out, every file as it was.",
             rich_help_panel=_ELSE,
         ),
     ] = False,
@@ -94,7 +98,11 @@ def command(
     as_json: options.Json = False,
     token: options.Token = None,
 ) -> None:
-    """Write a folder to hand on, or push it: weights, tokenizer, model card, and the code for trust_remote_code."""
+    """Write a folder to hand on, or push it to the Hub.
+
+    It has weights, tokenizer, model card and the code for trust_remote_code, and needs no zconvert: without
+    trust_remote_code it is the plain AR model. One of --out, --hub and --check says what to do.
+    """
     pushing = {"--private": private, "--create-pr": create_pr, "--force": force, "--dry-run": dry_run}
     pushing["--commit-message"] = commit_message is not None
     shaping = {"--results": results is not None, "--dtype": dtype is not options.Dtype.AUTO}
@@ -141,8 +149,8 @@ def _check_usage(
 
     places = given({"--out": output is not None, "--hub": hub is not None, "--check": check is not None})
     if len(places) != 1:
-        found = f"{' and '.join(places)} were given" if places else "missing"
-        raise typer.BadParameter(f"{found}: one of them says what to do", param_hint="--out, --hub or --check")
+        found = f"{' and '.join(places)} were given: they exclude each other" if places else "give one of them"
+        raise typer.BadParameter(found, param_hint="--out, --hub or --check")
     if merge and output is None:
         raise typer.BadParameter("it writes a folder: say which with --out", param_hint="--merge-to-ar")
     if given(pushing) and hub is None:
@@ -170,7 +178,7 @@ def _check(source: Source, wanted: EngineName, as_json: bool) -> None:
     for verdict in verdicts:
         out.print(Text(f"{verdict.engine} {verdict.version}: loads autoregressively: {verdict.loads}"), soft_wrap=True)
         command = [("run", verdict.command)] if verdict.command is not None else []
-        out.print(facts([("why", verdict.why), *command, ("TiDAR needs", verdict.tidar)]))
+        show_facts([("why", verdict.why), *command, ("TiDAR needs", verdict.tidar)])
 
 
 def _merge(source: Source, output: Path, as_json: bool) -> None:
@@ -189,7 +197,7 @@ def _merge(source: Source, output: Path, as_json: bool) -> None:
     hashed = sum(file["sha256"] is not None for file in files)
     out.print(Text(f"Wrote {report['out']}, which is {report['base_model'] or 'the source'} again"), soft_wrap=True)
     verified = f"{hashed} by their sha256, {len(files) - hashed} by their size"
-    out.print(facts([("files", f"{len(files)}, {size(sum(file['bytes'] for file in files))}"), ("verified", verified)]))
+    show_facts([("files", f"{len(files)}, {size(sum(file['bytes'] for file in files))}"), ("verified", verified)])
 
 
 def export_shown(
@@ -245,16 +253,14 @@ def _push(checkpoint: str, target: Target, dry_run: bool, as_json: bool, choices
         return
     out.print(Text(f"Pushed to {pushed.pull_request or pushed.url}"), soft_wrap=True)
     total = pushed.plan.to_dict()["bytes"]
-    out.print(
-        facts(
-            [
-                ("commit", pushed.commit),
-                ("uploaded", size(total["upload"])),
-                *([("copied", f"{size(total['copy'])} on the server, from the base model")] if total["copy"] else []),
-                ("unchanged", size(total["keep"])),
-                ("verified", _verified(report)),
-            ]
-        )
+    show_facts(
+        [
+            ("commit", pushed.commit),
+            ("uploaded", size(total["upload"])),
+            *([("copied", f"{size(total['copy'])} on the server, from the base model")] if total["copy"] else []),
+            ("unchanged", size(total["keep"])),
+            ("verified", _verified(report)),
+        ]
     )
 
 
@@ -262,12 +268,12 @@ def _show_plan(plan: PushPlan) -> None:
     where = "" if plan.exists else ", which would be made"
     out.print(Text(f"Would push to {plan.target.repo}{where}; nothing was changed"), soft_wrap=True)
     table = Table(box=None, pad_edge=False)
-    table.add_column("file", overflow="fold")
+    table.add_column("file", no_wrap=True)
     table.add_column("action", no_wrap=True)
     table.add_column("bytes", justify="right", no_wrap=True)
     for step in plan.steps:
         table.add_row(Text(step.name), step.action, f"{step.bytes:,}")
-    out.print(table)
+    show_table(table)
     total = plan.to_dict()["bytes"]
     words = {"upload": "to upload", "copy": "to copy from the base model", "keep": "unchanged"}
     out.print(Text(", ".join(f"{size(total[action])} {text}" for action, text in words.items())), soft_wrap=True)
@@ -285,7 +291,7 @@ def _show(report: dict[str, Any]) -> None:
     rows.append(("licence", report["license"] or "not known from its files: look it up before you publish"))
     rows.append(("verified", _verified(report)))
     out.print(Text(f"Wrote {report['out']}"), soft_wrap=True)
-    out.print(facts(rows))
+    show_facts(rows)
 
 
 def _verified(report: dict[str, Any]) -> str:

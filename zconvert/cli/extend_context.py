@@ -11,12 +11,15 @@ from rich.text import Text
 
 from zconvert.cli.launch import TorchrunOptions, launch, speaks
 from zconvert.cli.training import RecipeFile, run_shown
-from zconvert.cli.ui import err, out
+from zconvert.cli.ui import err, out, show_table
 from zconvert.recipe import ExtendContextRecipe, load_recipe
 
 
 def command(recipe: RecipeFile, torchrun: TorchrunOptions = None) -> None:
-    """Train on longer documents with positions that reach further; tells the loss by position before and after."""
+    """Train on longer documents with positions that reach further.
+
+    Tells the loss by position before and after. Stopped at any moment, the same command continues.
+    """
     settings = load_recipe(recipe, ExtendContextRecipe)
     if torchrun:
         launch([settings.stage, str(recipe)], torchrun)
@@ -31,16 +34,16 @@ def show_context(run_dir: Path) -> None:
     """Prints a run's losses by position on stderr."""
     from zconvert.training.context import CONTEXT_FILE
 
-    err.print(_table(json.loads((run_dir / CONTEXT_FILE).read_text())))
+    show_table(_table(json.loads((run_dir / CONTEXT_FILE).read_text())), err)
 
 
 def _table(report: dict[str, Any]) -> Table:
     table = Table(title=f"Loss by position, nats a token; trained before with {report['original_len']:,} positions")
-    table.add_column("positions", justify="right")
-    table.add_column("tokens", justify="right")
+    table.add_column("positions", justify="right", no_wrap=True)
+    table.add_column("tokens", justify="right", no_wrap=True)
     for kind in ("AR", "diffusion"):
-        table.add_column(f"{kind} before", justify="right")
-        table.add_column("after", justify="right")
+        table.add_column(f"{kind}\nbefore", justify="right", no_wrap=True)
+        table.add_column("\nafter", justify="right", no_wrap=True)
     for before, after in zip(report["before"], report["after"], strict=True):
         losses = [_number(row[key]) for key in ("loss_ar", "loss_diffusion") for row in (before, after)]
         table.add_row(f"{before['from']:,} – {before['to'] - 1:,}", f"{before['tokens']:,}", *losses)

@@ -18,40 +18,67 @@ from zconvert.cli.streaming import Tally, plural, show_blocks, show_nothing, sho
 from zconvert.cli.ui import err, out, print_json, progress
 from zconvert.tidar.families import language_config
 
+_FILES = "Many prompts"
+
 
 def command(
     checkpoint: options.Checkpoint,
     prompt: Annotated[
         str | None, typer.Argument(metavar="PROMPT", help="Text to go on from; '-' or nothing reads stdin.")
     ] = None,
-    prompt_option: Annotated[str | None, typer.Option("--prompt", help="The same, as an option.")] = None,
+    prompt_option: Annotated[str | None, typer.Option("--prompt", help="The prompt, as an option.")] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help='JSONL file, a {"prompt": …} or {"messages": […]} a line, perhaps with "id" and "seed".'),
+        typer.Option(
+            help='JSONL file, a {"prompt": …} or {"messages": […]} a line, perhaps with "id" and "seed".',
+            rich_help_panel=_FILES,
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--out", help="JSONL file for the texts of --prompts. Run again, it is completed.")
+        Path | None,
+        typer.Option(
+            "--out", help="JSONL file for the texts of --prompts. Run again, it is completed.", rich_help_panel=_FILES
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts of --prompts decoded at a time.")] = 8,
-    chat: Annotated[bool, typer.Option("--chat", help="Converse, line by line; /reset and /quit.")] = False,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Texts of --prompts decoded at a time.", rich_help_panel=_FILES)
+    ] = 8,
+    chat: Annotated[bool, typer.Option("--chat", help="Converse, line by line; /reset forgets, /quit ends.")] = False,
     sampler: options.SamplerOption = options.Sampler.LOSSLESS,
     mix_weight: options.MixWeight = None,
     mode: options.ModeOption = options.Mode.SINGLE,
-    temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample among the k likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy.", rich_help_panel=options.SAMPLING)] = 0.0,
+    top_k: Annotated[
+        int, typer.Option(min=0, help="Sample among the N likeliest tokens; 0: all.", rich_help_panel=options.SAMPLING)
+    ] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            help="Sample among the likeliest tokens of this total probability.", rich_help_panel=options.SAMPLING
+        ),
+    ] = 1.0,
     min_p: Annotated[
-        float, typer.Option(help="Sample among tokens with this share of the likeliest one's probability.")
+        float,
+        typer.Option(
+            help="Sample among tokens with this share of the likeliest one's probability.",
+            rich_help_panel=options.SAMPLING,
+        ),
     ] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: what was said already is less likely.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 256,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: what was said already is less likely.", rich_help_panel=options.SAMPLING)
+    ] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after N tokens.")] = 256,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be given several times.")] = None,
     proposals: options.Proposals = None,
     block_size: options.BlockSize = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Makes sampling repeatable.", rich_help_panel=options.SAMPLING)
+    ] = None,
     dtype: options.DtypeOption = options.Dtype.AUTO,
     device: options.DeviceOption = options.Device.AUTO,
-    blocks: Annotated[bool, typer.Option("--show-blocks", help="Colour the tokens of each forward.")] = False,
+    blocks: Annotated[
+        bool, typer.Option("--show-blocks", help="Colour the text by the forwards that it came from, or by brackets.")
+    ] = False,
     add_bos: Annotated[
         bool, typer.Option("--add-bos/--no-add-bos", help="Start with the BOS token, where there is one.")
     ] = True,
@@ -59,7 +86,11 @@ def command(
     revision: options.Revision = None,
     token: options.Token = None,
 ) -> None:
-    """Generate text, several tokens a forward. The text goes to stdout, the tally to stderr."""
+    """Generate text, several tokens a forward.
+
+    Of one prompt, of a file of prompts (--prompts), or in a conversation (--chat). The text goes to stdout, the tally
+    of tokens and forwards to stderr.
+    """
     text = _one_prompt(prompt, prompt_option)
     _check_uses(text is not None, prompts, output, chat, blocks, as_json)
     counts = options.accepted_counts(proposals, block_size)

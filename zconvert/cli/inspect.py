@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 
 from zconvert.checkpoint.describe import describe
 from zconvert.checkpoint.source import resolve
 from zconvert.cli import options
-from zconvert.cli.ui import err, out, print_json, size
+from zconvert.cli.ui import err, out, print_json, show_facts, size
 from zconvert.tidar.settings import GATED_FILE, GatedParts
 
 _MASK_SOURCES = {
@@ -45,7 +44,10 @@ def command(
     revision: options.Revision = None,
     token: options.Token = None,
 ) -> None:
-    """Tell what a checkpoint is and whether it can be converted. No weights are loaded or fetched."""
+    """Tell what a checkpoint is and whether it can be converted.
+
+    Headers and config.json are read; no weights are loaded or fetched. docs/inspect-json.md describes --json.
+    """
     with err.status(Text(f"Reading {checkpoint} …")):
         document = describe(resolve(checkpoint, revision=revision, token=token, weights=False))
     if as_json:
@@ -60,12 +62,7 @@ def show(document: dict[str, Any]) -> None:
     out.print(Text(f"{document['name']}{revision}", "bold"))
     out.print(_verdict(document))
     out.print()
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, text in _rows(document):
-        table.add_row(name, Text(text))
-    out.print(table)
+    show_facts(_rows(document), indent=0, style="cyan")
     if document["next"]:
         out.print()
         # soft_wrap: a command that the terminal folds by itself can still be copied whole

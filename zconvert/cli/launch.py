@@ -22,7 +22,7 @@ _PLACES = ("--rdzv", "--master", "--nnodes", "--node")
 TorchrunOptions = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[-- TORCHRUN OPTIONS]",
+        metavar="-- TORCHRUN_OPTIONS",
         help="Starts several processes, as torchrun would: `-- --nproc_per_node=8`.",
         show_default=False,
     ),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -10,6 +11,7 @@ from zconvert import __version__
 from zconvert.cli import (
     bench,
     convert_init,
+    doctor,
     evaluate,
     export,
     extend_context,
@@ -26,123 +28,153 @@ from zconvert.cli import (
     tasks,
     ui,
 )
+from zconvert.cli.help import Command, Group, examples
 
 app = typer.Typer(
     name="zconvert",
-    help="Turn an autoregressive Mixture-of-Experts checkpoint into a block-diffusion model, the TiDAR way.",
-    epilog="One after another: inspect → convert-init → midtrain → extend-context → sft → bench → evaluate → "
-    "generate → export; or by one file: run. Recipes to copy: zconvert recipes list.",
+    cls=Group,
+    help="Turn an autoregressive Mixture-of-Experts checkpoint into a block-diffusion model by the TiDAR recipe.\n\n"
+    "One after another: inspect → plan → convert-init → midtrain → extend-context → sft → bench → evaluate → export; "
+    "or by one file: run. `zconvert COMMAND --help` has each command's options and examples.",
+    epilog=examples(
+        "zconvert doctor",
+        "zconvert recipes copy zaya1-8b ./my-recipes",
+        "zconvert run ./my-recipes/pipeline.yaml",
+        "zconvert generate ./my-run 'Once upon a time'",
+    ),
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # help and usage errors are plain text: what they name can be copied
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
-def _examples(*lines: str) -> str:
-    # Typer joins the lines of a paragraph; an empty line between keeps each example on its own.
-    return "\n\n".join(["[bold]Examples[/bold]", *(f"  [cyan]$ {line}[/cyan]" for line in lines)])
+def _add(theme: str, name: str, function: Callable[..., Any], *lines: str, **settings: Any) -> None:
+    app.command(name, cls=Command, rich_help_panel=theme, epilog=examples(*lines), **settings)(ui.handled(function))
 
 
-# In the order in which they are used; `--help` keeps it.
-app.command(
+# Themes and commands in the order in which they are used; `--help` keeps it.
+_FIRST = "Before anything is spent"
+_TRAIN = "Convert and train"
+_DECODE = "Decode"
+_MEASURE = "Measure, and hand on"
+
+_add(_FIRST, "doctor", doctor.command, "zconvert doctor", "zconvert doctor --json")
+_add(
+    _FIRST,
     "inspect",
-    epilog=_examples("zconvert inspect Qwen/Qwen3-30B-A3B", "zconvert inspect ./my-checkpoint --json"),
-)(ui.handled(inspect.command))
-app.command(
+    inspect.command,
+    "zconvert inspect Qwen/Qwen3-30B-A3B",
+    "zconvert inspect ./my-checkpoint --json",
+)
+_add(
+    _FIRST,
     "plan",
-    epilog=_examples(
-        "zconvert plan Qwen/Qwen3-30B-A3B --gpu h100-80gb --gpus 64 --tokens 600B",
-        "zconvert plan ./my-tidar-init recipes/quickstart/midtrain.yaml --gpu my-machine.yaml",
-        "zconvert plan config.json --accepted ./my-run --explain batch=8,context=32768",
-    ),
-)(ui.handled(plan.command))
-app.command(
-    "convert-init",
-    epilog=_examples(
-        "zconvert convert-init ./my-checkpoint --out ./my-tidar-init",
-        "zconvert convert-init recipes/quickstart/convert-init.yaml",
-    ),
-)(ui.handled(convert_init.command))
-app.command(
-    "midtrain",
-    epilog=_examples(
-        "zconvert midtrain recipes/quickstart/midtrain.yaml",
-        "zconvert midtrain recipes/quickstart/midtrain.yaml -- --nproc_per_node=8",
-    ),
-)(ui.handled(midtrain.command))
-app.command("extend-context", epilog=_examples("zconvert extend-context recipes/quickstart/extend-context.yaml"))(
-    ui.handled(extend_context.command)
-)
-app.command(
-    "sft",
-    epilog=_examples(
-        "zconvert sft recipes/quickstart/sft.yaml", "zconvert sft recipes/quickstart/sft.yaml --show-example"
-    ),
-)(ui.handled(sft.command))
-app.command(
-    "generate",
-    epilog=_examples(
-        "zconvert generate ./my-run 'Once upon a time' --show-blocks",
-        "zconvert generate ./my-run --sampler mixed --mix-weight 0.3 < prompt.txt",
-        "zconvert generate ./my-run --prompts prompts.jsonl --out texts.jsonl",
-        "zconvert generate ./my-run --chat --temperature 0.7",
-    ),
-)(ui.handled(generate.command))
-app.command(
-    "serve",
-    epilog=_examples(
-        "zconvert serve ./my-run --batch-size 16",
-        "curl localhost:8000/v1/completions -H 'Content-Type: application/json' "
-        """-d '{"model": "my-run", "prompt": "Once"}'""",
-    ),
-)(ui.handled(serve.command))
-app.command("bench", epilog=_examples("zconvert bench ./my-run", "zconvert bench ./my-run --json > bench.json"))(
-    ui.handled(bench.command)
-)
-app.command(
-    "evaluate",
-    epilog=_examples(
-        "zconvert evaluate ./my-run --tasks gsm8k --limit 200",
-        "zconvert evaluate ./my-run --baseline ./source --tasks humaneval --k 1,4,16 --samplers ar,lossless,mix:0.5 "
-        "--allow-code-exec",
-        "zconvert evaluate ./my-run --tasks gsm8k=./my-copy.jsonl,./my-task.yaml",
-    ),
-)(ui.handled(evaluate.command))
-app.command("score", epilog=_examples("zconvert score ./my-run/evaluation --allow-code-exec"))(
-    ui.handled(evaluate.score)
-)
-app.add_typer(
-    tasks.app,
-    name="tasks",
-    epilog=_examples("zconvert tasks list", "zconvert tasks check gsm8k=./my-copy.jsonl"),
-)
-app.command(
-    "lm-eval",
-    context_settings=lm_eval.CONTEXT,
-    epilog=_examples(
-        "zconvert lm-eval run --model zconvert --model_args pretrained=./my-run,sampler=mix:0.5 --tasks gsm8k"
-    ),
-)(ui.handled(lm_eval.command))
-app.command(
-    "export",
-    epilog=_examples(
-        "zconvert export ./my-run --out ./my-tidar-model",
-        "zconvert export ./my-run --hub my-name/my-tidar-model --private --dry-run",
-        "zconvert export ./my-run --check vllm",
-    ),
-)(ui.handled(export.command))
-app.command(
-    "run",
-    epilog=_examples("zconvert run recipes/quickstart/pipeline.yaml", "zconvert run pipeline.yaml --dry-run"),
-)(ui.handled(run.command))
-app.command("report", epilog=_examples("zconvert report ./my-run", "zconvert report ./my-run --out ./page"))(
-    ui.handled(report.command)
+    plan.command,
+    "zconvert plan Qwen/Qwen3-30B-A3B --gpu h100-80gb --gpus 64 --tokens 600B",
+    "zconvert plan ./my-tidar-init midtrain.yaml --gpu my-machine.yaml",
+    "zconvert plan config.json --accepted ./my-run --explain batch=8,context=32768",
 )
 app.add_typer(
     recipes.app,
     name="recipes",
-    epilog=_examples("zconvert recipes list", "zconvert recipes copy zaya1-8b ./my-recipes"),
+    rich_help_panel=_TRAIN,
+    epilog=examples("zconvert recipes list", "zconvert recipes copy zaya1-8b ./my-recipes"),
+)
+_add(
+    _TRAIN,
+    "convert-init",
+    convert_init.command,
+    "zconvert convert-init ./my-checkpoint --out ./my-tidar-init",
+    "zconvert convert-init Qwen/Qwen3-30B-A3B --out ./my-gated-init --mode gated",
+    "zconvert convert-init recipes/quickstart/convert-init.yaml",
+)
+_add(
+    _TRAIN,
+    "midtrain",
+    midtrain.command,
+    "zconvert midtrain recipes/quickstart/midtrain.yaml",
+    "zconvert midtrain recipes/quickstart/midtrain.yaml -- --nproc_per_node=8",
+)
+_add(
+    _TRAIN,
+    "extend-context",
+    extend_context.command,
+    "zconvert extend-context recipes/quickstart/extend-context.yaml",
+)
+_add(
+    _TRAIN,
+    "sft",
+    sft.command,
+    "zconvert sft recipes/quickstart/sft.yaml --show-example",
+    "zconvert sft recipes/quickstart/sft.yaml",
+)
+_add(
+    _TRAIN,
+    "run",
+    run.command,
+    "zconvert run recipes/quickstart/pipeline.yaml --dry-run",
+    "zconvert run recipes/quickstart/pipeline.yaml",
+)
+_add(_TRAIN, "report", report.command, "zconvert report ./my-run", "zconvert report ./my-run --out ./page")
+_add(
+    _DECODE,
+    "generate",
+    generate.command,
+    "zconvert generate ./my-run 'Once upon a time' --show-blocks",
+    "zconvert generate ./my-run --sampler mixed --mix-weight 0.3 < prompt.txt",
+    "zconvert generate ./my-run --prompts prompts.jsonl --out texts.jsonl",
+    "zconvert generate ./my-run --chat --temperature 0.7",
+)
+_add(
+    _DECODE,
+    "serve",
+    serve.command,
+    "zconvert serve ./my-run --batch-size 16",
+    "curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\",
+    """  -d '{"model": "my-run", "prompt": "Once upon a time"}'""",
+)
+_add(
+    _MEASURE,
+    "bench",
+    bench.command,
+    "zconvert bench ./my-run",
+    "zconvert bench ./my-run --json > bench.json",
+    "zconvert bench ./my-run --prompts prompts.jsonl --batch-size 1 --batch-size 8",
+)
+_add(
+    _MEASURE,
+    "evaluate",
+    evaluate.command,
+    "zconvert evaluate ./my-run --tasks gsm8k --limit 200",
+    "zconvert evaluate ./my-run --baseline ./source --tasks humaneval --k 1,4,16 \\",
+    "  --samplers ar,lossless,mix:0.5 --allow-code-exec",
+    "zconvert evaluate ./my-run --tasks gsm8k=./my-copy.jsonl,./my-task.yaml",
+)
+_add(_MEASURE, "score", evaluate.score, "zconvert score ./my-run/evaluation --allow-code-exec")
+app.add_typer(
+    tasks.app,
+    name="tasks",
+    rich_help_panel=_MEASURE,
+    epilog=examples("zconvert tasks list", "zconvert tasks check gsm8k=./my-copy.jsonl"),
+)
+_add(
+    _MEASURE,
+    "lm-eval",
+    lm_eval.command,
+    "zconvert lm-eval run --model zconvert --tasks gsm8k \\",
+    "  --model_args pretrained=./my-run,sampler=mix:0.5",
+    "zconvert lm-eval run --help",
+    context_settings=lm_eval.CONTEXT,
+    options_metavar="[ARGS]...",
+)
+_add(
+    _MEASURE,
+    "export",
+    export.command,
+    "zconvert export ./my-run --out ./my-tidar-model",
+    "zconvert export ./my-run --hub my-name/my-tidar-model --private --dry-run",
+    "zconvert export ./my-run --check vllm",
 )
 
 
@@ -163,7 +195,7 @@ def _options(
 
 def main() -> None:
     """Entry point of the console command."""
-    app()
+    app(prog_name="zconvert")
 
 
 if __name__ == "__main__":

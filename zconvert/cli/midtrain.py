@@ -8,7 +8,11 @@ from zconvert.recipe import MidtrainRecipe, load_recipe
 
 
 def command(recipe: RecipeFile, torchrun: TorchrunOptions = None) -> None:
-    """Train a converted checkpoint on both losses; stopped at any moment, the same command continues."""
+    """Train a converted checkpoint on the AR and the diffusion loss.
+
+    Stopped at any moment, the same command continues. The recipe's output_dir gets metrics.jsonl, train_state/ and, at
+    the end, checkpoint/, whose path is printed.
+    """
     settings = load_recipe(recipe, MidtrainRecipe)
     if torchrun:
         launch([settings.stage, str(recipe)], torchrun)

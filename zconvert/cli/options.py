@@ -14,6 +14,7 @@ from zconvert.errors import UserError
 from zconvert.tidar.settings import TidarSettings, check_proposals
 
 if TYPE_CHECKING:
+    from zconvert.tidar.acceptance import Sampling
     from zconvert.tidar.decoding import DecodePlan
     from zconvert.tidar.engine import Engine
     from zconvert.tidar.model import LayoutModel
@@ -51,32 +52,74 @@ class Mode(StrEnum):
     AUTO = "auto"
 
 
+DECODING = "Decoding"
+SAMPLING = "Sampling"
+MACHINE = "Machine and Hub"
+"""themes under which --help puts options"""
+
 Checkpoint = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder, a training run's folder, or a Hub id.")
 ]
-BlockSize = Annotated[int | None, typer.Option(min=2, help="Tokens a forward can yield at most. Default: as trained.")]
+BlockSize = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        help="Tokens a forward can yield at most. Default: as trained, which is the most.",
+        rich_help_panel=DECODING,
+    ),
+]
 Proposals = Annotated[
     str | None,
-    typer.Option(metavar="1,3,5", help="Accepted counts that get a proposal block. Default: the checkpoint's."),
+    typer.Option(
+        metavar="1,3,5",
+        help="Accepted counts that get a block of drafts for the next forward. Default: the checkpoint's.",
+        rich_help_panel=DECODING,
+    ),
 ]
 SamplerOption = Annotated[
-    Sampler, typer.Option(help="lossless: as AR would sample; mixed: faster, not exact; ar: one token a forward.")
+    Sampler,
+    typer.Option(
+        help="lossless: as AR would sample; mixed: faster, not exact; ar: one token a forward.",
+        rich_help_panel=DECODING,
+    ),
 ]
 MixWeight = Annotated[
     float | None,
-    typer.Option(min=0, max=1, help="Of --sampler mixed: share of AR in what verifies. Default: 0.5."),
+    typer.Option(
+        min=0,
+        max=1,
+        help="With --sampler mixed: AR's share in what drafts are verified by. Default: 0.5.",
+        rich_help_panel=DECODING,
+    ),
 ]
 ModeOption = Annotated[
     Mode,
     typer.Option(
-        help="single: forwards verify and draft at once; two: they take turns; auto: whichever is faster here."
+        help="single: forwards verify and draft at once; two: they take turns; auto: whichever is faster here.",
+        rich_help_panel=DECODING,
     ),
 ]
-DtypeOption = Annotated[Dtype, typer.Option(help="auto: the checkpoint's own.")]
-DeviceOption = Annotated[Device, typer.Option(help="auto: a GPU where there is one.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, for a Hub id.")]
-Token = Annotated[str | None, typer.Option(help="Hub token, where `hf auth login` stored none.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
+DtypeOption = Annotated[
+    Dtype, typer.Option(help="Type of the weights. auto: the checkpoint's own.", rich_help_panel=MACHINE)
+]
+DeviceOption = Annotated[
+    Device, typer.Option(help="Where the model runs. auto: a GPU where there is one.", rich_help_panel=MACHINE)
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads. Default: torch's choice.", rich_help_panel=MACHINE)
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a Hub id. Default: main.", rich_help_panel=MACHINE)
+]
+Token = Annotated[
+    str | None,
+    typer.Option(
+        help="Token for the Hub. Default: HF_TOKEN, or what `hf auth login` stored.",
+        rich_help_panel=MACHINE,
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of text.")]
 
 
 def accepted_counts(text: str | None, block_size: int | None = None) -> tuple[int, ...] | None:
@@ -131,7 +174,7 @@ def plan(
     mode: Mode,
     proposals: tuple[int, ...] | None,
     block_size: int | None,
-    **sampling: Any,
+    **choices: Any,
 ) -> DecodePlan:
     """The decoding that these options ask for; its end tokens are left open.
 
@@ -142,20 +185,23 @@ def plan(
         mode: of --mode.
         proposals: of --proposals, see `accepted_counts`.
         block_size: of --block-size.
-        **sampling: fields of `Sampling`.
+        **choices: fields of `Sampling`.
 
     Raises:
         UserError: they do not go together, or with the checkpoint.
     """
-    from zconvert.tidar.acceptance import Sampling
     from zconvert.tidar.generate import plan_of
 
     if mode is Mode.AUTO and (proposals, block_size) != (None, None):
         raise typer.BadParameter("it chooses proposals and block sizes itself", param_hint="--mode auto")
+    if mix_weight is not None and sampler is not Sampler.MIXED:
+        raise typer.BadParameter("it goes with --sampler mixed", param_hint="--mix-weight")
+    require_fit(settings, block_size, proposals)
+    drawn = sampling(**choices)
     try:
         return plan_of(
             settings,
-            Sampling(**sampling),
+            drawn,
             frozenset(),
             sampler=str(sampler),
             mix_weight=mix_weight,
@@ -165,6 +211,40 @@ def plan(
         )
     except ValueError as error:
         raise UserError(f"these options cannot work: {error}", fix="see the command's --help") from error
+
+
+def sampling(**choices: Any) -> Sampling:
+    """How tokens are drawn.
+
+    Args:
+        **choices: fields of `Sampling`, which are options of the same names.
+
+    Raises:
+        typer.BadParameter: one is out of range.
+    """
+    from zconvert.tidar.acceptance import Sampling
+
+    try:
+        return Sampling(**choices)
+    except ValueError as error:
+        name = next((name for name in choices if str(error).startswith(f"{name} ")), "")
+        said = f"it {str(error).removeprefix(f'{name} ')}" if name else str(error)
+        raise typer.BadParameter(said, param_hint=f"--{name.replace('_', '-')}" if name else None) from None
+
+
+def require_fit(settings: TidarSettings, block_size: int | None, proposals: tuple[int, ...] | None) -> None:
+    """Refuses a block or an accepted count larger than the checkpoint was trained for.
+
+    Raises:
+        UserError: it is.
+    """
+    expected = f"at most {settings.block_size}, the block size of the checkpoint"
+    if block_size is not None and block_size > settings.block_size:
+        fix = "choose a smaller one, or leave it out"
+        raise UserError("--block-size is larger than the checkpoint's", found=block_size, expected=expected, fix=fix)
+    if proposals is not None and proposals[-1] > settings.block_size:
+        fix = "choose smaller ones, or leave it out"
+        raise UserError("--proposals go past the checkpoint's blocks", found=proposals[-1], expected=expected, fix=fix)
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
@@ -14,12 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from zconvert.cli import options
-from zconvert.cli.ui import err, out, print_json
+from zconvert.cli.ui import err, out, print_json, show_table
 from zconvert.errors import UserError
 from zconvert.planning.acceptance import DEFAULT_CURVE, PUBLISHED, find_curve
 from zconvert.planning.decoding import Cell, Device, device_for, predict
 from zconvert.planning.heatmap import MODES, heat_map
-from zconvert.planning.machines import find_machine
+from zconvert.planning.machines import MACHINES, find_machine
 from zconvert.planning.plan import (
     BATCHES,
     CONTEXTS,
@@ -39,6 +38,7 @@ from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, MAX_BLOCK_SIZE, GatedPar
 _RECIPES = (".yaml", ".yml")
 _MOST_REJECTED = 6
 _SMALL_BYTES = 2e9
+_TRAINING = "Training"
 _UNITS = ("gigabytes", "gigaflops", "milliseconds")
 
 
@@ -53,49 +53,117 @@ def command(
     targets: Annotated[
         list[str],
         typer.Argument(
-            metavar="CHECKPOINT|RECIPE…",
+            metavar="CHECKPOINT|RECIPE",
             help="A checkpoint's folder, a Hub id or a config.json; then recipes of training stages, if there are any.",
         ),
     ],
-    gpu: Annotated[str, typer.Option(help="Device to train and decode on, or a .yaml file of one's own.")] = (
-        "h100-80gb"
-    ),
-    gpus: Annotated[int, typer.Option(min=1, help="How many of them train.")] = 8,
-    tokens: Annotated[str | None, typer.Option(metavar="600B", help="Clean tokens to train on, in each stage.")] = None,
-    mode: Annotated[Mode | None, typer.Option(help="Default: the checkpoint's, else full.")] = None,
-    sequence_len: Annotated[int | None, typer.Option(min=2, help="Clean tokens a row. Default: the recipe's.")] = None,
-    source_bits: Annotated[
-        int | None, typer.Option(help="Bits of a frozen source: 4, 8, 16 or 32. Default: the recipe's.")
+    gpu: Annotated[
+        str,
+        typer.Option(
+            help=f"Device to train and decode on: {', '.join(MACHINES)}, or a .yaml file that describes yours.",
+            autocompletion=lambda: list(MACHINES),
+        ),
+    ] = "h100-80gb",
+    gpus: Annotated[int, typer.Option(min=1, help="How many of them train and decode.")] = 8,
+    tokens: Annotated[
+        str | None,
+        typer.Option(metavar="600B", help="Clean tokens to train on, in each stage.", rich_help_panel=_TRAINING),
     ] = None,
-    price: Annotated[float | None, typer.Option(min=0.0, help="US dollars for a device and hour.")] = None,
+    mode: Annotated[
+        Mode | None,
+        typer.Option(
+            help="full: every weight is trained; gated: the source is frozen. Default: the checkpoint's, else full.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    sequence_len: Annotated[
+        int | None, typer.Option(min=2, help="Clean tokens of a row. Default: the recipe's.", rich_help_panel=_TRAINING)
+    ] = None,
+    source_bits: Annotated[
+        int | None,
+        typer.Option(
+            help="Bits of a frozen source's weights: 4, 8, 16 or 32. Default: the recipe's.", rich_help_panel=_TRAINING
+        ),
+    ] = None,
+    price: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, help="US dollars for a device and hour. Default: the device's.", rich_help_panel=_TRAINING
+        ),
+    ] = None,
     efficiency: Annotated[
-        float | None, typer.Option(min=0.01, max=1.0, help="Share of peak FLOP/s that training reaches.")
+        float | None,
+        typer.Option(
+            min=0.01,
+            max=1.0,
+            help="Share of peak FLOP/s that training reaches. Default: the device's.",
+            rich_help_panel=_TRAINING,
+        ),
     ] = None,
     accepted: Annotated[
-        str, typer.Option(help=f"Tokens per forward, a run's folder, or published: {', '.join(PUBLISHED)}.")
+        str,
+        typer.Option(
+            help=f"Acceptance: tokens per forward, a run's folder, or a published one: {', '.join(PUBLISHED)}.",
+            autocompletion=lambda: list(PUBLISHED),
+            rich_help_panel=options.DECODING,
+        ),
     ] = DEFAULT_CURVE,
     block_size: Annotated[
-        int | None, typer.Option(min=2, max=MAX_BLOCK_SIZE, help="Tokens per diffusion block.")
+        int | None,
+        typer.Option(
+            min=2,
+            max=MAX_BLOCK_SIZE,
+            help="Tokens of a diffusion block. Default: the checkpoint's, else 16.",
+            rich_help_panel=options.DECODING,
+        ),
     ] = None,
     proposals: options.Proposals = None,
-    batch: Annotated[str | None, typer.Option(metavar="1,8,32", help="Batches of the map.")] = None,
-    context: Annotated[str | None, typer.Option(metavar="4096,32768", help="Contexts of the map, tokens.")] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(metavar="1,8,32", help="Batch sizes of the map of speeds.", rich_help_panel=options.DECODING),
+    ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option(
+            metavar="4096,32768", help="Lengths of context of the map, in tokens.", rich_help_panel=options.DECODING
+        ),
+    ] = None,
     why: Annotated[
         str | None,
-        typer.Option("--explain", metavar="batch=8,context=32768", help="The arithmetic behind a cell of the map."),
+        typer.Option(
+            "--explain",
+            metavar="batch=8,context=32768",
+            help="Show the arithmetic behind a cell of the map.",
+            rich_help_panel=options.DECODING,
+        ),
     ] = None,
-    heatmap: Annotated[Path | None, typer.Option(help="Write the map into this .html file.")] = None,
+    heatmap: Annotated[
+        Path | None, typer.Option(help="Write the map into this .html file.", rich_help_panel=options.DECODING)
+    ] = None,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Measure this device with small models, and decode on it.")
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Measure the device at hand with small models, and predict decoding on it.",
+            rich_help_panel=options.DECODING,
+        ),
     ] = False,
     bench: Annotated[
-        Path | None, typer.Option(help="A document of `bench --json` to lay over what --calibrate predicts.")
+        Path | None,
+        typer.Option(
+            help="What `zconvert bench --json` printed, to lay over what --calibrate predicts.",
+            rich_help_panel=options.DECODING,
+        ),
     ] = None,
     as_json: options.Json = False,
     revision: options.Revision = None,
     token: options.Token = None,
 ) -> None:
-    """Tell what a conversion costs and whether it pays, before anything is spent."""
+    """Tell what a conversion costs and whether it pays, before anything is spent.
+
+    Memory, layout, time and price of training, and the speed of decoding against AR, by arithmetic from headers or a
+    bare config.json; docs/planning.md says how, and how well.
+    """
     counts = options.accepted_counts(proposals, block_size)
     batches = BATCHES if batch is None else options.numbers(batch, "--batch")
     contexts = CONTEXTS if context is None else options.numbers(context, "--context")
@@ -185,13 +253,9 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or is none.
     """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read", found=error, expected="what `bench --json` printed") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{path} is no document of bench", expected="what `bench --json` printed")
-    return document
+    from zconvert.checkpoint.json_patch import parse_json_object, read_json_text
+
+    return parse_json_object(read_json_text(path), str(path))
 
 
 def parse_count(text: str) -> float:
@@ -216,7 +280,10 @@ def _read(targets: list[str], revision: str | None, token: str | None) -> tuple[
     others = [text for text in targets if not text.lower().endswith(_RECIPES)]
     if len(others) > 1:
         raise UserError(
-            "plan takes one checkpoint", found=", ".join(others), expected="a checkpoint, then recipes (*.yaml)"
+            "plan takes one checkpoint",
+            found=", ".join(others),
+            expected="a checkpoint, then recipes (*.yaml)",
+            fix="plan one after another",
         )
     if not others:
         others, revision = [recipes[0].base_model], revision or recipes[0].revision
@@ -284,11 +351,11 @@ def show(document: dict[str, Any], cells: list[Cell]) -> None:
         if stage["gated"] is not None:
             trained, parts = count_of(stage["trained_parameters"]), GatedParts(**stage["gated"]).described()
             out.print(Text(f"Beside the frozen source {trained} weights are trained: {parts}."))
-        out.print(_stage_table(stage))
+        show_table(_stage_table(stage))
         _show_rejected(stage["rejected"])
     for mode, title in MODES.items():
         out.print()
-        out.print(_map_table([cell for cell in cells if cell.mode == mode], title))
+        show_table(_map_table([cell for cell in cells if cell.mode == mode], title))
     decoding = document["decoding"]
     roofline, where = decoding["blocks_under_roofline"], f"{decoding['gpus']} × {document['machine']['name']}"
     if "calibration" in document:
@@ -296,8 +363,8 @@ def show(document: dict[str, Any], cells: list[Cell]) -> None:
     out.print(
         Text(
             f"Speedup over AR, decoding on {where}, acceptance of "
-            f"{document['acceptance']['source']}. Dim: does not fit. About {roofline:.0f} blocks of "
-            f"{document['acceptance']['block_size']} cost attention over a long cache nothing."
+            f"{document['acceptance']['source']}. Dim: does not fit. Attention over a long cache "
+            f"costs nothing more up to about {roofline:.0f} × {document['acceptance']['block_size']} tokens a forward."
         )
     )
     if "calibration" in document:
@@ -321,19 +388,19 @@ def _show_calibration(told: dict[str, Any]) -> None:
         return
     table = Table(title="Prediction and measurement", title_justify="left")
     for name in ("", "tokens", "predicted\nms", "measured\nms", "error", "predicted\nspeedup", "measured\nspeedup"):
-        table.add_column(name, justify="right" if name else "left")
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for name, row in rows:
         speedups = [f"{row[key]:.2f}×" if key in row else "" for key in ("predicted_speedup", "measured_speedup")]
         times = [f"{row[key]:.2f}" for key in ("predicted_ms", "measured_ms")]
         table.add_row(name, f"{row['tokens']:.0f}", *times, f"{row['error']:+.0%}", *speedups)
-    out.print(table)
+    show_table(table)
 
 
 def _stage_table(stage: dict[str, Any]) -> Table:
     memory, time = stage["memory"], stage["time"]
     table = Table(title=f"{stage['stage']}, {stage['mode']}: {stage['layout']['title']}", title_justify="left")
     for name, justify in (("Memory a device", "left"), ("GB", "right"), ("Time", "left"), ("", "right")):
-        table.add_column(name, justify="right" if justify == "right" else "left")
+        table.add_column(name, justify="right" if justify == "right" else "left", no_wrap=True)
     names = [name for name in memory if name.endswith("_gb")]
     total = memory["total_gb_per_gpu"]
     digits = 1 if total >= 1 else 3
@@ -367,7 +434,7 @@ def _show_rejected(rejected: list[dict[str, str]]) -> None:
 def _map_table(cells: list[Cell], title: str) -> Table:
     batches = sorted({cell.batch_size for cell in cells})
     table = Table(title=title, title_justify="left")
-    table.add_column("context \\ batch", justify="right")
+    table.add_column("context \\ batch", justify="right", no_wrap=True)
     for batch in batches:
         table.add_column(str(batch), justify="right", no_wrap=True)
     by_place = {(cell.batch_size, cell.context): cell for cell in cells}
@@ -386,7 +453,7 @@ def _show_explained(explained: dict[str, Any]) -> None:
     """Bytes, operations and time by part; those of two forwards are added up."""
     title = f"{MODES[explained['mode']]}, batch {explained['batch_size']}, context {explained['context']:,}"
     table = Table(title=title, title_justify="left")
-    table.add_column("part")
+    table.add_column("part", no_wrap=True)
     for name in ("AR", "TiDAR"):
         for unit in (f"{name}\nGB", "\nGFLOP", "\nms"):
             table.add_column(unit, justify="right", no_wrap=True)
@@ -394,7 +461,7 @@ def _show_explained(explained: dict[str, Any]) -> None:
         same = [step["parts"][place] for step in explained["tidar"]]
         cells = [f"{sum(each[key] for each in each_kind):,.2f}" for each_kind in ([part], same) for key in _UNITS]
         table.add_row(part["name"], *cells)
-    out.print(table)
+    show_table(table)
     tokens = " + ".join(f"{step['tokens']:.0f}" for step in explained["tidar"])
     read = ""
     if explained["ar"]["touched_experts"]:

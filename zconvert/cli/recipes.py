@@ -11,14 +11,20 @@ from rich.text import Text
 
 from zconvert.checkpoint.folder import copy, new_folder
 from zconvert.cli import ui
+from zconvert.cli.help import Command, Group, examples
 from zconvert.errors import UserError
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 
-app = typer.Typer(help="List the recipes that come with zconvert, or copy some to edit.", no_args_is_help=True)
+app = typer.Typer(
+    cls=Group,
+    help="List the recipes that come with zconvert, or copy some to edit.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 
-@app.command("list")
+@app.command("list", cls=Command, epilog=examples("zconvert recipes list"))
 @ui.handled
 def list_recipes() -> None:
     """List the recipes, one folder a model."""
@@ -31,11 +37,24 @@ def list_recipes() -> None:
     ui.out.print(table)
 
 
-@app.command("copy")
+@app.command(
+    "copy",
+    cls=Command,
+    epilog=examples("zconvert recipes copy zaya1-8b", "zconvert recipes copy qwen3-30b-a3b ./my-recipes"),
+)
 @ui.handled
 def copy_recipes(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="From `zconvert recipes list`.")],
-    folder: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="Folder to make. Default: ./NAME.")] = None,
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="From `zconvert recipes list`.",
+            autocompletion=lambda: [each.name for each in folders()],
+        ),
+    ],
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Folder to make; must not exist. Default: ./NAME.")
+    ] = None,
 ) -> None:
     """Copy a model's recipes into a new folder, to be edited and run."""
     found = {each.name: each for each in folders()}

@@ -17,7 +17,10 @@ def command(
         Path | None, typer.Option("--out", help="Folder to write into. Default: report/ in the run's folder.")
     ] = None,
 ) -> None:
-    """Draw a run's losses, slot accuracies, acceptance and experts: PNG files, and one HTML page with all of them."""
+    """Draw a run's losses, slot accuracies, acceptance and experts.
+
+    PNG files, and one HTML page with all of them. Needs matplotlib: pip install 'zconvert[report]'.
+    """
     from zconvert.training.report import write_report
 
     out.print(Text(str(write_report(run_dir, output))), soft_wrap=True)

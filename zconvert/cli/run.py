@@ -28,7 +28,13 @@ if TYPE_CHECKING:
 
 
 def command(
-    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE.yaml", help="Names the recipe of each stage.")],
+    pipeline: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PIPELINE.yaml",
+            help="Names the recipe of each stage; `zconvert recipes copy` has some to begin with.",
+        ),
+    ],
     adopt: Annotated[
         bool, typer.Option("--adopt", help="Take outputs that were not made by `run` as made from these recipes.")
     ] = False,
@@ -36,7 +42,10 @@ def command(
         bool, typer.Option("--dry-run", help="Tell which stages are complete and which would run; run nothing.")
     ] = False,
 ) -> None:
-    """Run a pipeline's stages; those that are complete and unchanged are skipped, an interrupted one goes on."""
+    """Run a pipeline's stages one after another.
+
+    Stages that are complete and unchanged are skipped, an interrupted one goes on; where inputs changed, it says which.
+    """
     from zconvert.training.pipeline import export_stage, run_pipeline, stage_of
 
     recipes = load_pipeline(pipeline)
@@ -46,13 +55,18 @@ def command(
         base, output = recipes[-1][1].output_dir, Path(export.output_dir).expanduser()
         stages.append(export_stage(base, output, lambda: _discard(export_shown(base, output, verify=True))))
 
+    told: list[Stage] = []
+
     def tell(stage: Stage, status: Status) -> None:
+        told.append(stage)
         words = {"complete": "complete and unchanged, skipped", "begun": "goes on", "missing": "runs"}
         err.print(Text.assemble((stage.name, "bold"), f" → {stage.output}: {words[status]}"), soft_wrap=True)
 
     run_pipeline(stages, tell, adopt=adopt, dry_run=dry_run)
     if not dry_run:
         out.print(Text(str(stages[-1].output)), soft_wrap=True)
+    for stage in stages[len(told) :]:  # a dry run ends where a stage would run
+        err.print(Text.assemble((stage.name, "bold"), f" → {stage.output}: after it"), soft_wrap=True)
 
 
 def _runner(recipe: Recipe) -> Callable[[], None]:

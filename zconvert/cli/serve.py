@@ -25,18 +25,25 @@ _DEFAULT_CONTEXT = 8192  # of a config that tells none
 
 def command(
     checkpoint: options.Checkpoint,
-    host: Annotated[str, typer.Option(help="Address to listen at. Default: this machine alone.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Address to listen at; 0.0.0.0 is every one of this machine, 127.0.0.1 is for this machine alone."
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0: any that is free.")] = 8000,
     model_name: Annotated[
-        str | None, typer.Option(help="What clients call it. Default: the checkpoint's name.")
+        str | None, typer.Option(help="Name that clients call the model by. Default: the checkpoint's.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts decoded at a time.")] = 8,
-    max_queue: Annotated[int, typer.Option(min=0, help="Texts that may wait; more are turned away (429).")] = 128,
+    max_queue: Annotated[int, typer.Option(min=0, help="Texts that may wait; more are turned away (HTTP 429).")] = 128,
     max_context: Annotated[
         int | None, typer.Option(min=2, help="Tokens of a prompt and its text at most. Default: the checkpoint's.")
     ] = None,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 600.0,
-    grace: Annotated[float, typer.Option(min=0, help="Seconds that running texts have when it is to stop.")] = 30.0,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take in all.")] = 600.0,
+    grace: Annotated[
+        float, typer.Option(min=0, help="Seconds that running texts have to end in after Ctrl-C or SIGTERM.")
+    ] = 30.0,
     sampler: options.SamplerOption = options.Sampler.LOSSLESS,
     mix_weight: options.MixWeight = None,
     mode: options.ModeOption = options.Mode.SINGLE,
@@ -50,7 +57,7 @@ def command(
     """Serve completions and chat by OpenAI's API, streamed or not, at /v1.
 
     Requests may name a sampler of their own (lossless, mixed). /health and /metrics (Prometheus) tell how it is.
-    With ZCONVERT_API_KEY in the environment, clients must send that key.
+    With ZCONVERT_API_KEY in the environment, clients must send that key as their API key.
     """
     try:
         from zconvert.serving.run import Server, bound

@@ -21,7 +21,10 @@ def command(
     ] = False,
     torchrun: TorchrunOptions = None,
 ) -> None:
-    """Train a converted checkpoint on conversations, scored where the assistant speaks; stopped, it continues."""
+    """Train a converted checkpoint on conversations, scored where the assistant speaks.
+
+    Stopped at any moment, the same command continues. --show-example shows first what would be scored.
+    """
     settings = load_recipe(recipe, SftRecipe)
     if show_example:
         _show(settings)
@@ -35,11 +38,10 @@ def _show(settings: SftRecipe) -> None:
     from zconvert.training.stages import example
 
     name, stretches = example(settings)
-    # Where colours do not come through, double brackets stand in for them.
-    begin, end = ("", "") if out.is_terminal else ("[[", "]]")
-    err.print(
-        Text(f"The first conversation of {name}; scored is what is {'green' if out.is_terminal else 'in [[ ]]'}:")
-    )
+    # Where there are no colours, double brackets stand in for them.
+    coloured = out.color_system is not None
+    begin, end = ("", "") if coloured else ("[[", "]]")
+    err.print(Text(f"The first conversation of {name}; scored is what is {'green' if coloured else 'in [[ ]]'}:"))
     text = Text()
     for stretch, scored in stretches:
         text.append(f"{begin}{stretch}{end}" if scored else stretch, style="bold green" if scored else "dim")

@@ -113,7 +113,9 @@ def show_plain(piece: str, forward: int) -> None:
 
 
 def show_blocks(piece: str, forward: int) -> None:
-    """Each forward in another colour than the one before."""
+    """Each forward in another colour than the one before; in brackets on a terminal without colours."""
+    if out.is_terminal and out.color_system is None and piece:
+        piece = f"[{piece}]"
     out.print(Text(piece, style=_BLOCK_STYLES[forward % 2]), end="", soft_wrap=True)
 
 

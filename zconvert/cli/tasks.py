@@ -10,18 +10,28 @@ from rich.table import Table
 from rich.text import Text
 
 from zconvert.cli import ui
-from zconvert.cli.evaluate import AllowCodeExec, progress_bars
+from zconvert.cli.evaluate import AllowCodeExec, progress_bars, task_names
+from zconvert.cli.help import Command, Group, examples
 from zconvert.errors import UserError
 
-app = typer.Typer(help="List the tasks of `zconvert evaluate`, show one, or check one.", no_args_is_help=True)
+app = typer.Typer(
+    cls=Group,
+    help="List the tasks of `zconvert evaluate`, show one, or check one.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 Name = Annotated[
     str,
-    typer.Argument(metavar="NAME", help="From `zconvert tasks list`, or a .yaml file; NAME=FILE: its rows."),
+    typer.Argument(
+        metavar="NAME",
+        help="From `zconvert tasks list`, or a .yaml file; NAME=FILE takes its rows from a file.",
+        autocompletion=task_names,
+    ),
 ]
 
 
-@app.command("list")
+@app.command("list", cls=Command, epilog=examples("zconvert tasks list"))
 @ui.handled
 def list_tasks() -> None:
     """List the tasks that come with zconvert."""
@@ -38,7 +48,7 @@ def list_tasks() -> None:
     ui.out.print(table)
 
 
-@app.command("show")
+@app.command("show", cls=Command, epilog=examples("zconvert tasks show gsm8k > my-task.yaml"))
 @ui.handled
 def show_task(name: Name) -> None:
     """Print a task's file: copy it to write your own."""
@@ -49,11 +59,17 @@ def show_task(name: Name) -> None:
     ui.out.print(Syntax(text, "yaml", background_color="default") if ui.out.is_terminal else Text(text), soft_wrap=True)
 
 
-@app.command("check")
+@app.command(
+    "check",
+    cls=Command,
+    epilog=examples(
+        "zconvert tasks check gsm8k=./my-copy.jsonl", "zconvert tasks check ./my-task.yaml --allow-code-exec"
+    ),
+)
 @ui.handled
 def check_task(
     name: Name,
-    limit: Annotated[int | None, typer.Option(min=1, help="Problems, from the start; all if not given.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take only the first N problems.")] = None,
     allow_code_exec: AllowCodeExec = False,
 ) -> None:
     """Read a task's rows, show its first prompt, and score the right answers that the rows have."""

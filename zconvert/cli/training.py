@@ -18,7 +18,14 @@ from zconvert.cli.launch import leave_at_once, speaks
 from zconvert.cli.ui import EXIT_ERROR, err, out
 from zconvert.recipe import TrainingRecipe
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="Recipe of the stage.", show_default=False)]
+RecipeFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE.yaml",
+        help="Recipe of the stage; `zconvert recipes copy` has some to begin with.",
+        show_default=False,
+    ),
+]
 
 
 def run(settings: TrainingRecipe) -> None:

@@ -10,10 +10,11 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.table import Table
@@ -23,6 +24,9 @@ from zconvert.errors import UserError
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
+
+# rich takes NO_COLOR to mean no colours, and leaves bold; here it means plain text.
+_COLORS: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
 
 
 class _SafeConsole(Console):
@@ -48,9 +52,9 @@ def safe(text: str) -> str:
 # White space of other scripts, and the joiners of some, are harmless too.
 _HARMLESS = frozenset("\n\t\N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}\N{IDEOGRAPHIC SPACE}\u200c\u200d")
 
-out = _SafeConsole(highlight=False, markup=False, emoji=False)
+out = _SafeConsole(highlight=False, markup=False, emoji=False, color_system=_COLORS)
 """results: tables and text on stdout"""
-err = _SafeConsole(stderr=True, highlight=False, markup=False, emoji=False)
+err = _SafeConsole(stderr=True, highlight=False, markup=False, emoji=False, color_system=_COLORS)
 """progress and errors on stderr"""
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -77,14 +81,28 @@ def size(count: int) -> str:
     return f"{count} bytes"
 
 
-def facts(rows: Iterable[tuple[str, str]]) -> Table:
-    """Names and what there is to say of them, a line each below a headline; what is long is folded beside its name."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, text in rows:
-        table.add_row(Text(f"  {name}"), Text(text))
-    return table
+def show_facts(rows: Iterable[tuple[str, str]], *, indent: int = 2, style: str = "") -> None:
+    """Prints names and what there is to say of them, a line each; what is long is folded beside its name.
+
+    Args:
+        rows: names, and what is said of them.
+        indent: columns before the names.
+        style: of the names.
+    """
+    facts = list(rows)
+    left = indent + max((len(name) for name, _ in facts), default=0) + 2
+    for name, said in facts:
+        text = Text(" " * indent).append(name.ljust(left - indent), style=style)
+        # Folded by `wrap`: rich breaks words longer than a line, and a broken path cannot be copied.
+        out.print(text.append(wrap(said, max(left + 20, out.width), first=left, indent=left)), soft_wrap=True)
+
+
+def show_table(table: Table, console: Console = out) -> None:
+    """Prints a table of numbers, wider than the terminal if it has to be: rich would cut them to make them fit."""
+    needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    if needed > console.width:
+        table.width = needed
+    console.print(table, crop=False)
 
 
 def progress() -> Progress:
@@ -156,15 +174,15 @@ def _print_parts(title: str, what: str, parts: tuple[tuple[str, str | None], ...
     width = max(40, err.width)
     text = Text()
     text.append(f"{title}: ", style="bold red")
-    text.append(_wrap(what, width, first=len(title) + 2, indent=2))
+    text.append(wrap(what, width, first=len(title) + 2, indent=2))
     for name, part in parts:
         if part is not None:
             text.append(f"\n  {name + ':':<10}", style="bold")
-            text.append(_wrap(part, width, first=12, indent=12))
+            text.append(wrap(part, width, first=12, indent=12))
     err.print(text, soft_wrap=True)
 
 
-def _wrap(text: str, width: int, *, first: int, indent: int) -> str:
+def wrap(text: str, width: int, *, first: int = 0, indent: int = 0) -> str:
     """Folds each line of `text` to `width` columns; line one starts at column `first`, the others at `indent`."""
     lines: list[str] = []
     for number, line in enumerate(text.splitlines() or [""]):

@@ -128,7 +128,8 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path} cannot be read", found=error.strerror or error) from None
+        fix = "check the path and its permissions"
+        raise UserError(f"{path} cannot be read", found=error.strerror or error, fix=fix) from None
 
 
 def _lines(path: Path, limit: int, start: Position | None) -> Iterator[tuple[RawRow, Callable[[], Position]]]:
@@ -201,7 +202,8 @@ def _parquet(path: Path) -> Any:
     try:
         return _load("parquet", data_files=str(path), split="train", streaming=True)
     except Exception as error:
-        raise UserError(f"{path} cannot be read", found=_first_line(error), expected="a Parquet file") from error
+        found, fix = _first_line(error), "download or copy the file again"
+        raise UserError(f"{path} cannot be read", found=found, expected="a Parquet file", fix=fix) from error
 
 
 def _hub_reader(dataset: DatasetRecipe, name: str) -> Reader:

@@ -64,7 +64,11 @@ def read_prompts(rules: Rules, on_message: OnMessage | None) -> list[list[int]]:
     prompts = [document.ids for outcome in bad_rows.good(outcomes()) for document in outcome]
     bad_rows.summary()
     if not prompts:
-        raise UserError("there are no prompts to go on from", found=f"no rows in {dataset.prompts_path}")
+        raise UserError(
+            "there are no prompts to go on from",
+            found=f"no rows in {dataset.prompts_path}",
+            fix="check prompts_path of the dataset in the recipe",
+        )
     return prompts
 
 

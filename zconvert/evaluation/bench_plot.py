@@ -17,9 +17,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError(
-            "drawing needs matplotlib", found=error, fix="pip install matplotlib, or zconvert with the extra `report`"
-        ) from error
+        raise UserError("drawing needs matplotlib", found=error, fix="pip install 'zconvert[report]'") from error
     entries = [entry for entry in document["results"] if "speedup" in entry]
     names = list(dict.fromkeys(entry["name"] for entry in entries))
     places = list(dict.fromkeys(map(_place, entries)))
@@ -43,7 +41,8 @@ def draw(document: dict[str, Any], path: Path) -> None:
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be written", found=error, expected="a PNG file's path") from error
+        fix = "check the folder and the name, which ends in .png"
+        raise UserError(f"{path} cannot be written", found=error, expected="a PNG file's path", fix=fix) from error
 
 
 def _place(entry: dict[str, Any]) -> tuple[int, int, int | None]:

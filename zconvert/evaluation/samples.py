@@ -118,8 +118,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(
             f"{folder} is not the folder of an evaluation",
-            found=f"{SETTINGS_FILE}: {error}",
+            found=f"{SETTINGS_FILE}: {error.strerror if isinstance(error, OSError) else error}",
             expected="what `zconvert evaluate` wrote",
+            fix="give its --out; without one it is evaluation/ in the run's folder",
         ) from error
     assert isinstance(found, dict), "zconvert wrote it"
     return found

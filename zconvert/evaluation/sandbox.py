@@ -127,6 +127,7 @@ def check_sandbox() -> Outcome:
             "generated code cannot be run here",
             found=f"{outcome.reason}: {outcome.detail}",
             expected="a Python that a process with little memory and no rights can run",
+            fix="--no-score makes the samples here; score them on another machine, or outside of the container",
         )
     return outcome
 

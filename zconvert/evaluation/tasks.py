@@ -25,6 +25,7 @@ _MOST_UNPACKED = 2**29
 """bytes; the largest tests of LiveCodeBench have a quarter of it"""
 _STRING_OPERATIONS = ("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8")
 _EMPTY_OPERATIONS = ("PROTO", "FRAME", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "STOP")
+_ROW = "one JSON object a line"
 _PLACE = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*(?:\.\w+)*)\}")
 
 Row = Mapping[str, Any]
@@ -119,7 +120,11 @@ def problems_of(task: Task, count: int | None = None) -> list[Problem]:
             program_of(task, row, "", where)  # a field that is missing is told before anything is generated
         problems.append(Problem(name, tuple(_messages(recipe, shown, asked)), target, row))
     if not problems:
-        raise UserError(f"the task {task.name} has no problems", found=f"no rows in {recipe.dataset.path}")
+        raise UserError(
+            f"the task {task.name} has no problems",
+            found=f"no rows in {recipe.dataset.path}",
+            fix="correct dataset: in the task, or give rows: NAME=FILE",
+        )
     twice = [p.id for p in problems if sum(p.id == other.id for other in problems) > 1] if recipe.id else []
     if twice:
         raise UserError(
@@ -209,7 +214,12 @@ def _shown(task: Task) -> list[tuple[str, Row]]:
 
 def _rows(path: str, recipe: TaskRecipe, split: str) -> Iterator[tuple[str, Row]]:
     dataset = DatasetRecipe(path=path, name=recipe.dataset.name, split=split, revision=recipe.dataset.revision)
-    for raw in open_dataset(dataset).rows():
+    try:
+        opened = open_dataset(dataset)
+    except UserError as error:
+        fix = "correct `dataset:` in the task, or give its rows: NAME=FILE"
+        raise UserError(error.what, found=error.found, expected=error.expected, fix=fix) from error
+    for raw in opened.rows():
         yield raw.where, _row(raw)
 
 
@@ -221,9 +231,9 @@ def _row(raw: RawRow) -> Row:
     try:
         row = json.loads(raw.value) if raw.is_json else None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{raw.where} is not JSON", found=error, expected="one JSON object a line") from error
+        raise UserError(f"{raw.where} is not JSON", found=error, expected=_ROW, fix="correct the line") from error
     if not isinstance(row, dict):
-        raise UserError(f"{raw.where} is no row of a task", expected="one JSON object a line")
+        raise UserError(f"{raw.where} is no row of a task", expected=_ROW, fix="correct the line")
     return row
 
 
@@ -262,7 +272,10 @@ def _cases(row: Row, field: str, where: str) -> list[tuple[str, str]]:
         return [(str(case["input"]), str(case["output"])) for case in listed or ()]
     except (TypeError, KeyError):
         raise UserError(
-            f"{where} has no cases under {field}", found=str(value)[:60], expected="a list of {input, output}"
+            f"{where} has no cases under {field}",
+            found=str(value)[:60],
+            expected="a list of {input, output}",
+            fix="correct the row, or `check:` in the task",
         ) from None
 
 

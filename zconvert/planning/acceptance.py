@@ -110,12 +110,17 @@ def find_curve(text: str, block_size: int) -> Curve:
     except (OSError, ValueError) as error:
         raise UserError(
             f"--accepted {text} is no acceptance curve",
-            found=str(error),
+            found=error.strerror if isinstance(error, OSError) else error,
             expected=f"a number, one of {', '.join(PUBLISHED)}, or a run's folder",
+            fix="choose one of these",
         ) from None
     measured = next((row["slot_accuracy"] for row in reversed(rows) if row.get("slot_accuracy")), None)
     if not isinstance(measured, list) or len(measured) < 2:
-        raise UserError(f"{path} has no slot_accuracy", expected="metrics.jsonl of a training run")
+        raise UserError(
+            f"{path} has no slot_accuracy",
+            expected="metrics.jsonl of a training run",
+            fix="give the folder of a run that has logged a step",
+        )
     return Curve((1.0, *map(float, measured[1:])), f"slot accuracy of {path}")
 
 

@@ -341,7 +341,11 @@ def against_bench(facts: ModelFacts, calibrated: Calibrated, bench: dict[str, An
             rows.append(row)
         return rows
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise UserError("this is no document of `zconvert bench --json`", found=f"nothing under {error}") from None
+        raise UserError(
+            "this is no document of `zconvert bench --json`",
+            found=f"nothing under {error}",
+            fix="zconvert bench CHECKPOINT --json > bench.json",
+        ) from None
 
 
 def _error(tokens: float, predicted: float, measured: float) -> dict[str, float]:

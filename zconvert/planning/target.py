@@ -75,7 +75,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"there is no file {path}", fix="check the path") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON", found=error, expected="a model's config.json") from None
+        raise UserError(
+            f"{path} cannot be read as JSON",
+            found=error.strerror if isinstance(error, OSError) else error,
+            expected="a model's config.json",
+            fix="download or copy the file again",
+        ) from None
     if not isinstance(config, dict):
-        raise UserError(f"{path} is not a model's configuration", found=f"a JSON {type(config).__name__}")
+        raise UserError(
+            f"{path} is not a model's configuration",
+            found=f"a JSON {type(config).__name__}",
+            expected="a model's config.json",
+            fix="give that file, a checkpoint's folder or a Hub id",
+        )
     return config

@@ -42,8 +42,32 @@ def load_recipe(path: Path, model_class: type[RecipeT]) -> RecipeT:
     Raises:
         UserError: the file cannot be read, or its contents are wrong; all unknown keys and bad values in one error.
     """
-    fix = "correct these; recipes/ has a commented example of each stage"
+    try:
+        return _load(path, model_class)
+    except UserError as error:
+        foreign = "is not a known key" in (error.found or "")
+        others: tuple[type[RecipeFile], ...] = (PipelineRecipe, *reversed(_RECIPES))  # later ones ask for more
+        for other in others if foreign else ():
+            if other is not model_class and _is_valid(path, other):
+                command = "run" if other is PipelineRecipe else other.stage
+                raise UserError(
+                    f"{path} is a {other.stage} recipe, not a {model_class.stage} recipe",
+                    fix=f"zconvert {command} {path}, or give another file",
+                ) from None
+        raise
+
+
+def _load(path: Path, model_class: type[RecipeT]) -> RecipeT:
+    fix = "correct these; `zconvert recipes copy` gives a commented example of each stage"
     return load_checked(path, model_class, kind=f"{model_class.stage} recipe", fix=fix, stage=model_class.stage)
+
+
+def _is_valid(path: Path, model_class: type[RecipeFile]) -> bool:
+    try:
+        _load(path, model_class)
+    except UserError:
+        return False
+    return True
 
 
 def load_training_recipe(path: Path) -> TrainingRecipe:
@@ -56,7 +80,7 @@ def load_training_recipe(path: Path) -> TrainingRecipe:
     refusals = []
     for kind in kinds:
         try:
-            return load_recipe(path, kind)
+            return _load(path, kind)
         except UserError as error:
             refusals.append(error)
     raise min(refusals, key=lambda error: (error.found or "").count("\n"))
@@ -151,14 +175,20 @@ def _read_file(path: Path) -> tuple[dict[Any, Any], dict[KeyPath, int], list[Pro
             )
         return read_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise UserError(f"there is no recipe {path}", fix="check the path; recipes/ has some to copy") from None
+        fix = "check the path; `zconvert recipes copy` gives some to begin with"
+        raise UserError(f"there is no recipe {path}", fix=fix) from None
     except OSError as error:
-        raise UserError(f"recipe {path} cannot be read", found=error.strerror) from None
+        fix = "check the path and its permissions"
+        raise UserError(f"recipe {path} cannot be read", found=error.strerror, fix=fix) from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not a recipe", found="bytes that are not UTF-8", expected="a YAML file") from None
+        found, fix = "bytes that are not UTF-8", "save it as UTF-8 text"
+        raise UserError(f"{path} is not a recipe", found=found, expected="a YAML file", fix=fix) from None
     except ValueError as error:
         raise UserError(
-            f"{path} is not a recipe", found=error, expected="one YAML mapping of `key: value` lines"
+            f"{path} is not a recipe",
+            found=error,
+            expected="one YAML mapping of `key: value` lines",
+            fix="correct the line; `zconvert recipes copy` gives recipes to compare with",
         ) from None
 
 

@@ -72,20 +72,22 @@ def read_rows(path: Path) -> list[Row]:
         UserError: it cannot be read, a line is not what it should be (with its number), or there is none.
     """
     rows = []
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(read_lines(path), 1):
         try:
             rows.append(Row.model_validate_json(line))
         except ValidationError as error:
             item = error.errors(include_url=False)[0]
             name = ".".join(map(str, item["loc"]))
             found = str(item["ctx"]["error"]) if item["type"] == "value_error" else item["msg"]
+            found = "there is no such key" if item["type"] == "extra_forbidden" else found
             raise UserError(
                 f"{path}, line {number} is no row of prompts",
                 found=f"{name}: {found}" if name else found,
                 expected=_EXPECTED,
+                fix="correct the line",
             ) from None
     if not rows:
-        raise UserError(f"{path} has no prompts", found="no lines", expected=_EXPECTED)
+        raise UserError(f"{path} has no prompts", found="no lines", expected=_EXPECTED, fix="give a file with some")
     return rows
 
 
@@ -159,14 +161,20 @@ def write_texts(
     return tokens
 
 
-def _lines(path: Path) -> list[str]:
-    """A text file's lines; blank ones at its end do not count."""
+def read_lines(path: Path) -> list[str]:
+    """A text file's lines; blank ones at its end do not count.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"{path} cannot be read", found=error.strerror, expected="a JSONL file of prompts") from error
+        expected, fix = "a JSONL file of prompts", "check the path and its permissions"
+        raise UserError(f"{path} cannot be read", found=error.strerror, expected=expected, fix=fix) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text", found=error, expected=_EXPECTED) from error
+        fix = "convert the file to UTF-8"
+        raise UserError(f"{path} is not UTF-8 text", found=error, expected=_EXPECTED, fix=fix) from error
     return text.rstrip().split("\n") if text.strip() else []
 
 

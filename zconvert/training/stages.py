@@ -63,7 +63,7 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress, observers: Sequence[O
             fix="choose another output_dir, or remove that folder to train anew or further",
         )
     trackers = Trackers(recipe)
-    source = resolve(recipe.base_model, revision=recipe.revision)
+    source = _base_of(recipe)
     settings = require_converted(source)
     _check_parallel(recipe, settings, parallel)
     if recipe.num_threads is not None:
@@ -160,7 +160,16 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress, observers: Sequence[O
 
 def example(recipe: TrainingRecipe) -> tuple[str, list[tuple[str, bool]]]:
     """What a stage would train on first; nothing is written and no weights are loaded. See `first_example`."""
-    return first_example(recipe, load_tokenizer(resolve(recipe.base_model, revision=recipe.revision, weights=False)))
+    return first_example(recipe, load_tokenizer(_base_of(recipe, weights=False)))
+
+
+def _base_of(recipe: TrainingRecipe, *, weights: bool = True) -> Source:
+    """The checkpoint that a recipe starts from."""
+    try:
+        return resolve(recipe.base_model, revision=recipe.revision, weights=weights)
+    except UserError as error:
+        what = f"base_model of the recipe: {error.what}"
+        raise UserError(what, found=error.found, expected=error.expected, fix=error.fix) from error
 
 
 def _load(

@@ -14,12 +14,13 @@ import zconvert
 
 PACKAGE = Path(zconvert.__file__).parent
 
-LEAVES = {"errors", "recipe", "tidar"}
+LEAVES = {"errors", "formats", "recipe", "tidar"}
 LIBRARY = LEAVES | {"data", "checkpoint", "planning", "page"}
 ALLOWED = {
     "__init__": set(),
     "__main__": {"cli"},
     "errors": set(),
+    "formats": {"errors"},
     "tidar": set(),
     "recipe": {"errors", "tidar.settings"},  # settings: one definition of the block size and its checks
     "data": LEAVES | {"checkpoint.folder"},  # folders that appear whole: tokenised data are kept in such
@@ -122,3 +123,8 @@ def run_python(code: str) -> str:
 def test_importing_it_in_a_fresh_interpreter_loads_no_torch(module: str) -> None:
     loaded = run_python(f"import sys, {module}; print(*sys.modules)").split()
     assert not {"torch", "transformers", "accelerate", "numpy"} & set(loaded)
+
+
+def test_the_command_line_starts_without_what_only_some_commands_need() -> None:
+    loaded = run_python("import sys, zconvert.cli.main; print(*sys.modules)").split()
+    assert not {"pydantic", "yaml", "huggingface_hub", "datasets", "matplotlib", "uvicorn"} & set(loaded)

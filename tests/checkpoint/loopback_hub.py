@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import socket
@@ -116,7 +117,8 @@ class _Handler(BaseHTTPRequestHandler):
         if (pushed is None and rest[1:2] and rest[1] not in ("main", COMMIT)) or commit == "":
             return self._refuse(404, "RevisionNotFound")
         entry = entry_of if pushes is not None else _entry
-        files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+        listed = sorted(folder.rglob("*")) if api else []  # not for each of a hundred shards
+        files = {p.relative_to(folder).as_posix(): p for p in listed if p.is_file()}
         if api and rest[:1] in ([], ["revision"]):
             private = pushed is not None and pushed.private
             siblings = [{"rfilename": path} for path in files]
@@ -189,7 +191,12 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _digest(path: Path) -> str:
     """Something that is another for other contents; whole shards of large files are not read for it."""
-    size = path.stat().st_size
+    stat = path.stat()
+    return _digest_of(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.cache
+def _digest_of(path: Path, size: int, _modified: int) -> str:
     with path.open("rb") as file:
         return hashlib.sha1(file.read(1 << 20) + str(size).encode()).hexdigest()
 

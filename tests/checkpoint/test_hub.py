@@ -96,7 +96,7 @@ def test_describing_by_headers_alone_says_the_same_and_fetches_no_weight_file(
     assert by_headers["describe"] == ask(name)["describe"]
 
 
-@pytest.mark.parametrize(("shards", "most"), [(1, 300_000), (4, 300_000), (64, 760_000)])
+@pytest.mark.parametrize(("shards", "most"), [(1, 300_000), (4, 300_000), (64, 830_000)])
 def test_headers_are_read_by_small_ranges_of_large_files(
     ask: Callable[..., Any], hub: LoopbackHub, tmp_path: Path, shards: int, most: int
 ) -> None:
@@ -115,6 +115,18 @@ def test_headers_are_read_by_small_ranges_of_large_files(
     assert all(None not in hub.ranges[name] for name in weights)
     assert shards == 1 or all(len(hub.ranges[name]) == 1 for name in weights), "the index tells how long headers are"
     assert sum(hub.sent.values()) < most + 10**6  # with the index
+
+
+def test_one_request_has_the_header_of_a_shard_of_many_gigabytes(
+    ask: Callable[..., Any], hub: LoopbackHub, tmp_path: Path
+) -> None:
+    _, config = meta_shapes("zaya", vocab_size=64, num_hidden_layers=2, num_experts=4, bos_token_id=2)
+    shapes = {f"model.layers.0.mlp.experts.{expert}.down_proj.weight": (128, 1024, 128) for expert in range(1200)}
+    hub.repositories["org/vast"] = write_sparse(tmp_path / "vast", shapes, config, shards=2, dtype="F8_E4M3")
+    assert min(path.stat().st_size for path in (tmp_path / "vast").glob("*.safetensors")) > 10**10
+    ask("org/vast", weights=False)
+    asked = {name: ranges for name, ranges in hub.ranges.items() if name.endswith(".safetensors")}
+    assert [len(ranges) for ranges in asked.values()] == [1, 1]
 
 
 def test_what_cannot_be_converted_is_refused_before_weights_are_fetched(

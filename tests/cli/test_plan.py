@@ -23,6 +23,7 @@ from zconvert.checkpoint.source import resolve
 from zconvert.cli import plan, ui
 from zconvert.planning.from_config import shapes_from_config
 from zconvert.planning.heatmap import colour_of
+from zconvert.planning.machines import MACHINES
 from zconvert.planning.plan import count_of
 from zconvert.tidar.settings import GatedParts
 
@@ -242,3 +243,7 @@ def test_a_frozen_source_is_counted_as_training_holds_it_and_can_be_packed(confi
     assert sizes[0] == pytest.approx(sizes[2], rel=0.01)
     assert sizes[1] - sizes[2] == pytest.approx(2 * 8.84, rel=0.01)
     assert sizes[3] < 0.4 * sizes[2]
+
+
+def test_help_names_every_machine() -> None:
+    assert tuple(MACHINES) == plan.GPUS

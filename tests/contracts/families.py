@@ -149,6 +149,10 @@ FAMILY_MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+INSTALLED = [name for name in FAMILY_MODELS if name in CONFIG_MAPPING]
+"""those that the installed transformers has"""
+
+
 def config_class(model_type: str) -> Any:
     """The configuration class of a family; skips the test where the installed transformers has none yet."""
     if model_type not in CONFIG_MAPPING:

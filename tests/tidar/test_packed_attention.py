@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers.integrations import flex_attention as integration
 
-from tests.contracts.families import FAMILY_MODELS, family_pair
+from tests.contracts.families import INSTALLED, family_pair
 from tests.contracts.models import MASK, random_ids
 from zconvert.errors import UserError
 from zconvert.tidar import packed_attention
@@ -115,17 +115,17 @@ def test_the_tables_are_those_that_torch_makes_from_the_whole_mask() -> None:
     assert ours.sparsity() == theirs.sparsity() > 40
 
 
-PACKED = [name for name in FAMILY_MODELS if _segments_problem(family_pair(name).layout) is None]
+PACKED = [name for name in INSTALLED if _segments_problem(family_pair(name).layout) is None]
 IN_FLEX = [name for name in PACKED if _flex_problem(family_pair(name).layout) is None]
 DOCUMENTS = torch.tensor([[0] * 13 + [1] * 11, [0] * 20 + [PADDING] * 4])
 IDS = torch.cat([random_ids((2, 24), seed=3), torch.full((2, 24), MASK)], dim=1)
 
 
 def test_the_families_that_packed_masks_are_not_for() -> None:
-    segments = {name: _segments_problem(family_pair(name).layout) for name in FAMILY_MODELS if name not in PACKED}
+    segments = {name: _segments_problem(family_pair(name).layout) for name in INSTALLED if name not in PACKED}
     assert segments["deepseek_v32"] == "an indexer chooses its keys"
-    assert segments["gemma2"] == "gemma2 has eager attention alone"
     flex = {name: _flex_problem(family_pair(name).layout) for name in PACKED if name not in IN_FLEX}
+    assert {**flex, **segments}["gemma2"] in ("gemma2 has eager attention alone", "its attention caps scores")
     assert flex["gpt_oss"] == "its attention has sinks"
     assert "bias by distance" in str(flex["inkling_text"])
     assert "latent" in str(flex["deepseek_v3"])

@@ -25,7 +25,7 @@ from zconvert.errors import UserError
 from zconvert.recipe import MidtrainRecipe, ParallelRecipe
 from zconvert.tidar.settings import GATED_FILE, GatedParts
 from zconvert.training import stages
-from zconvert.training.parallel import Parallel, check_experts, check_sizes
+from zconvert.training.parallel import Parallel, check_experts, check_sizes, sharding
 from zconvert.training.state import states_in
 
 LAYOUTS: dict[int, dict[str, dict[str, int]]] = {
@@ -332,6 +332,16 @@ def test_checkpoints_on_request_are_what_the_run_would_have_ended_with(tmp_path:
     two = load_file(tmp_path / "short" / "checkpoint" / "model.safetensors")
     assert all(torch.equal(one[name], two[name]) for name in two)
     assert not (tmp_path / "run" / "checkpoint-4").exists(), "the last is `checkpoint`"
+
+
+def test_a_transformers_too_old_for_several_processes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_5_17(fsdp_size: int, ep_size: int) -> None:
+        raise AssertionError("it is asked for replicas too")
+
+    monkeypatch.setattr("transformers.distributed.DistributedConfig", of_5_17)
+    with pytest.raises(UserError, match="needs a newer transformers") as raised:
+        sharding(fsdp=2, replicas=1, experts=1)
+    assert "5.23" in str(raised.value.expected)
 
 
 @pytest.mark.slow

@@ -21,7 +21,15 @@ from zconvert.checkpoint.graft import GENERATION_CONFIG, generation_patch
 from zconvert.checkpoint.headers import INDEX_FILE, Headers, read_headers
 from zconvert.checkpoint.json_patch import read_json
 from zconvert.checkpoint.mask_token import choose_mask_token, tokenizer_patches
-from zconvert.checkpoint.provenance import HISTORY, PROVENANCE_FILE, REWRITTEN, SOURCE_FILES, history_of, provenance
+from zconvert.checkpoint.provenance import (
+    HISTORY,
+    PROVENANCE_FILE,
+    REWRITTEN,
+    SOURCE_FILES,
+    history_of,
+    provenance,
+    read_provenance,
+)
 from zconvert.checkpoint.reshard import Layout, plan_layout, write_layout
 from zconvert.checkpoint.source import RUN_CHECKPOINT, Source, read_config, require_converted
 from zconvert.checkpoint.verify_export import verify_export
@@ -92,7 +100,7 @@ def export(
         )
     config, headers = read_config(source), read_headers(source)
     layout = plan_layout(headers, dtype, max_shard_size)
-    document = read_json(source / PROVENANCE_FILE)
+    document = read_provenance(source)
     results = document.get("results") if results is None else results
     history, attached, inherited = history_of(source), _attached(source), inherited_metadata(source)
     texts = _checked_texts(source, headers, config, settings)

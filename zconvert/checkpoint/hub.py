@@ -22,8 +22,9 @@ _OTHER_FOLDERS = [f"{'tidar/'[:place]}[!{letter}]*/" for place, letter in enumer
 _IGNORED = [folder + files for folder in _OTHER_FOLDERS for files in ("*.json", "*.txt", "*.model", "*.tiktoken")]
 
 _TRIES_IN_VAIN = 3
-_ENTRY_BYTES, _FRAME_BYTES = 84, 200
-"""of a tensor in a shard's header beside its name, and of the rest, rather too many: one request then has it whole"""
+_ENTRY_BYTES, _FRAME_BYTES = 96, 200
+"""of a tensor in a shard's header beside its name, and of the rest, rather too many: one request then has it whole.
+`"":{"dtype":"F8_E4M3","shape":[128,2880,5760],"data_offsets":[49999999999,49999999999]},` is 88 bytes"""
 
 Progress = Callable[[int, int], None]
 """called with the bytes fetched and the bytes to fetch, as far as these are known yet"""

@@ -11,8 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from zconvert.checkpoint.folder import copy, new_folder, place, sha256
-from zconvert.checkpoint.json_patch import read_json
-from zconvert.checkpoint.provenance import PROVENANCE_FILE, REWRITTEN, SOURCE_FILES
+from zconvert.checkpoint.provenance import PROVENANCE_FILE, REWRITTEN, SOURCE_FILES, read_provenance
 from zconvert.checkpoint.small_files import require_inside
 from zconvert.checkpoint.source import Source, require_converted
 from zconvert.errors import UserError
@@ -44,7 +43,7 @@ def merge_to_ar(
             fix="take the source itself, or use the checkpoint: any engine that serves its architecture runs it "
             "autoregressively",
         )
-    document = read_json(checkpoint.folder / PROVENANCE_FILE)
+    document = read_provenance(checkpoint.folder)
     if document.get(REWRITTEN):
         raise UserError(
             f"{checkpoint.name} was exported with other weight files than its source has",

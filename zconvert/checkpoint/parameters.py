@@ -70,7 +70,7 @@ def is_routed(tensor: TensorInfo, num_experts: int | None) -> bool:
         tensor: the tensor.
         num_experts: experts a layer has; None where config.json does not say.
     """
-    parts = tensor.name.split(".")
+    parts = tensor.name.split(".") if "experts" in tensor.name else []
     if "experts" in parts:
         # Some keep the router or its bias in the same module; those serve all tokens.
         after = parts[parts.index("experts") + 1 :]
@@ -83,8 +83,12 @@ def moe_layers(headers: Headers, config: dict[str, Any]) -> int:
     inner = language_model(config)
     num = (experts_of(inner) or {}).get("num")
     ahead = _ahead(find_tensor(headers, INPUT_EMBEDDINGS), layers_of(inner))
-    names = [t.name for t in headers.tensors.values() if is_routed(t, num) and not ahead(t.name)]
-    return len({match[1] for name in names if (match := _LAYER.search(name))})
+    found: set[str] = set()
+    for t in headers.tensors.values():
+        match = _LAYER.search(t.name)
+        if match and match[1] not in found and is_routed(t, num) and not ahead(t.name):
+            found.add(match[1])
+    return len(found)
 
 
 def find_tensor(headers: Headers, endings: Iterable[str]) -> TensorInfo | None:
@@ -94,8 +98,9 @@ def find_tensor(headers: Headers, endings: Iterable[str]) -> TensorInfo | None:
             if ending[1:] in headers.tensors:
                 return headers.tensors[ending[1:]]
             continue
+        inside = f".{ending}"
         for name, tensor in headers.tensors.items():
-            if name == ending or name.endswith(f".{ending}"):
+            if name == ending or name.endswith(inside):
                 return tensor
     return None
 

@@ -275,7 +275,7 @@ def _changed(rows: TokenRows) -> dict[str, list[int]]:
 
 
 def _resized(tensor: TensorInfo, rows: int) -> TensorInfo:
-    return dataclasses.replace(tensor, shape=(rows, *tensor.shape[1:]))
+    return tensor._replace(shape=(rows, *tensor.shape[1:]))
 
 
 def _steps(plan: Plan, copy: bool) -> list[FileStep]:

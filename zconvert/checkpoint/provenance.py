@@ -11,6 +11,7 @@ import zconvert
 from zconvert.checkpoint.folder import sha256
 from zconvert.checkpoint.headers import Shard
 from zconvert.checkpoint.json_patch import patch_json, read_json, read_json_text
+from zconvert.formats import PROVENANCE, up_to_date
 from zconvert.tidar.settings import TidarSettings
 
 PROVENANCE_FILE = "provenance.json"
@@ -31,7 +32,7 @@ _LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "huggingface
 def provenance(settings: TidarSettings, **more: Any) -> dict[str, Any]:
     """The document: source and commit, stages, tool and libraries, then what the command at hand has to say."""
     return {
-        "format_version": 1,
+        "format_version": PROVENANCE,
         "base_model": settings.base_model,
         "base_revision": settings.base_revision,
         "mode": settings.mode,
@@ -40,6 +41,16 @@ def provenance(settings: TidarSettings, **more: Any) -> dict[str, Any]:
         "libraries": {name: _version(name) for name in _LIBRARIES},
         **more,
     }
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """The document of a checkpoint; of one without, an empty one.
+
+    Raises:
+        UserError: it is malformed, or was written by a newer zconvert.
+    """
+    path = folder / PROVENANCE_FILE
+    return up_to_date(read_json(path), path, PROVENANCE)
 
 
 def carried_on(base: Path, settings: TidarSettings, entry: Mapping[str, Any] | None = None) -> str | None:
@@ -51,8 +62,9 @@ def carried_on(base: Path, settings: TidarSettings, entry: Mapping[str, Any] | N
         entry: of the stage, for the history; None adds none.
 
     Raises:
-        UserError: the base's document is malformed.
+        UserError: the base's document is malformed, or was written by a newer zconvert.
     """
+    read_provenance(base)
     path = base / PROVENANCE_FILE
     if not path.exists():
         return None
@@ -70,7 +82,7 @@ def history_of(folder: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: its document is malformed.
     """
-    entries = read_json(folder / PROVENANCE_FILE).get(HISTORY)
+    entries = read_provenance(folder).get(HISTORY)
     return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
 

@@ -9,6 +9,7 @@ from zconvert.checkpoint.headers import DTYPE_BITS, Headers, TensorInfo
 
 _FLOAT8_AND_LESS = tuple(dtype for dtype in DTYPE_BITS if dtype.startswith(("F8_", "F6_", "F4")))
 _INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32")
+_SMALL = frozenset((*_FLOAT8_AND_LESS, *_INTEGERS))
 _PACKED = ("weight", "qweight", "weight_packed", "blocks", "W_q", "_data")
 """how the names of tensors end that hold packed weights, where their type is an integer"""
 _BESIDE = (
@@ -87,8 +88,10 @@ def quantisation_of(config: dict[str, Any], headers: Headers, *, gated: bool = F
 
 def is_packed(tensor: TensorInfo) -> bool:
     """Whether a tensor holds packed weights: in a type too small to compute with, or as integers."""
+    if tensor.dtype not in _SMALL or len(tensor.shape) < 2:
+        return False
     last = tensor.name.rsplit(".", 1)[-1]
-    if last.endswith(_BESIDE) or len(tensor.shape) < 2:
+    if last.endswith(_BESIDE):
         return False
     return tensor.dtype in _FLOAT8_AND_LESS or (tensor.dtype in _INTEGERS and last.endswith(_PACKED))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -70,9 +69,7 @@ def plan_layout(headers: Headers, dtype: str = "source", max_shard_size: int | N
     names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
     if len(groups) == 1:
         names = [SINGLE_FILE]
-    moved = {
-        t.name: dataclasses.replace(t, shard=name) for name, group in zip(names, groups, strict=True) for t in group
-    }
+    moved = {t.name: t._replace(shard=name) for name, group in zip(names, groups, strict=True) for t in group}
     return Layout(headers, moved)
 
 

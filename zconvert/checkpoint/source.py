@@ -15,8 +15,9 @@ from zconvert.checkpoint.headers import Headers, ShardFiles, read_headers
 from zconvert.checkpoint.hub import Progress, fetch, hub_files
 from zconvert.checkpoint.small_files import read_small
 from zconvert.errors import UserError
+from zconvert.formats import up_to_date
 from zconvert.tidar.families import language_config
-from zconvert.tidar.settings import TidarSettings
+from zconvert.tidar.settings import FORMAT_VERSION, TidarSettings
 
 CONFIG_FILE = "config.json"
 RUN_CHECKPOINT = "checkpoint"
@@ -149,6 +150,7 @@ def tidar_settings(config: dict[str, Any]) -> TidarSettings | None:
         raise UserError(
             "the tidar section of config.json is malformed", found=repr(section), expected="a JSON object", fix=fix
         )
+    section = up_to_date(section, "the tidar section of config.json", FORMAT_VERSION)
     try:
         settings = TidarSettings.from_dict(section)
     except (ValueError, TypeError) as error:

@@ -12,7 +12,6 @@ from rich.text import Text
 from zconvert.cli.launch import TorchrunOptions, launch, speaks
 from zconvert.cli.training import RecipeFile, run_shown
 from zconvert.cli.ui import err, out, show_table
-from zconvert.recipe import ExtendContextRecipe, load_recipe
 
 
 def command(recipe: RecipeFile, torchrun: TorchrunOptions = None) -> None:
@@ -20,6 +19,8 @@ def command(recipe: RecipeFile, torchrun: TorchrunOptions = None) -> None:
 
     Tells the loss by position before and after. Stopped at any moment, the same command continues.
     """
+    from zconvert.recipe import ExtendContextRecipe, load_recipe
+
     settings = load_recipe(recipe, ExtendContextRecipe)
     if torchrun:
         launch([settings.stage, str(recipe)], torchrun)

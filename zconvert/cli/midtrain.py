@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from zconvert.cli.launch import TorchrunOptions, launch
 from zconvert.cli.training import RecipeFile, run
-from zconvert.recipe import MidtrainRecipe, load_recipe
 
 
 def command(recipe: RecipeFile, torchrun: TorchrunOptions = None) -> None:
@@ -13,6 +12,8 @@ def command(recipe: RecipeFile, torchrun: TorchrunOptions = None) -> None:
     Stopped at any moment, the same command continues. The recipe's output_dir gets metrics.jsonl, train_state/ and, at
     the end, checkpoint/, whose path is printed.
     """
+    from zconvert.recipe import MidtrainRecipe, load_recipe
+
     settings = load_recipe(recipe, MidtrainRecipe)
     if torchrun:
         launch([settings.stage, str(recipe)], torchrun)

@@ -18,7 +18,6 @@ from zconvert.errors import UserError
 from zconvert.planning.acceptance import DEFAULT_CURVE, PUBLISHED, find_curve
 from zconvert.planning.decoding import Cell, Device, device_for, predict
 from zconvert.planning.heatmap import MODES, heat_map
-from zconvert.planning.machines import MACHINES, find_machine
 from zconvert.planning.plan import (
     BATCHES,
     CONTEXTS,
@@ -32,8 +31,10 @@ from zconvert.planning.plan import (
 )
 from zconvert.planning.target import Target, find_target
 from zconvert.planning.workload import Workload, frozen_bits, workload_of
-from zconvert.recipe import load_training_recipe
 from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, MAX_BLOCK_SIZE, GatedParts
+
+GPUS = ("mi300x", "mi355x", "h100-80gb", "h200", "b200", "a100-80gb", "rtx4090", "rtx5090", "cpu")
+"""keys of `MACHINES`, which help must not load: checking numbers takes a library that loads slowly"""
 
 _RECIPES = (".yaml", ".yml")
 _MOST_REJECTED = 6
@@ -60,8 +61,8 @@ def command(
     gpu: Annotated[
         str,
         typer.Option(
-            help=f"Device to train and decode on: {', '.join(MACHINES)}, or a .yaml file that describes yours.",
-            autocompletion=lambda: list(MACHINES),
+            help=f"Device to train and decode on: {', '.join(GPUS)}, or a .yaml file that describes yours.",
+            autocompletion=lambda: list(GPUS),
         ),
     ] = "h100-80gb",
     gpus: Annotated[int, typer.Option(min=1, help="How many of them train and decode.")] = 8,
@@ -164,6 +165,8 @@ def command(
     Memory, layout, time and price of training, and the speed of decoding against AR, by arithmetic from headers or a
     bare config.json; docs/planning.md says how, and how well.
     """
+    from zconvert.planning.machines import find_machine
+
     counts = options.accepted_counts(proposals, block_size)
     batches = BATCHES if batch is None else options.numbers(batch, "--batch")
     contexts = CONTEXTS if context is None else options.numbers(context, "--context")
@@ -276,6 +279,8 @@ def parse_count(text: str) -> float:
 
 
 def _read(targets: list[str], revision: str | None, token: str | None) -> tuple[Target, list[Any]]:
+    from zconvert.recipe import load_training_recipe
+
     recipes = [load_training_recipe(Path(text)) for text in targets if text.lower().endswith(_RECIPES)]
     others = [text for text in targets if not text.lower().endswith(_RECIPES)]
     if len(others) > 1:

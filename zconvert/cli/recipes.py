@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from zconvert.checkpoint.folder import copy, new_folder
+from zconvert.checkpoint.folder import new_folder
 from zconvert.cli import ui
 from zconvert.cli.help import Command, Group, examples
 from zconvert.errors import UserError
@@ -62,8 +62,9 @@ def copy_recipes(
         raise UserError(f"there are no recipes named {name}", expected=", ".join(found), fix="zconvert recipes list")
     output = folder or Path(name)
     with new_folder(output) as made:
-        for path in sorted(found[name].glob("*.yaml")):
-            copy(path, made / path.name)
+        for path in sorted(found[name].iterdir()):
+            text = path.read_text(encoding="utf-8")  # recipes name each other, and a chat template beside them
+            (made / path.name).write_text(text.replace(f"recipes/{name}/", f"{output.as_posix()}/"), encoding="utf-8")
     ui.out.print(Text(str(output)), soft_wrap=True)
     ui.err.print(Text(f"Next: edit them, then zconvert run {output / 'pipeline.yaml'}"), soft_wrap=True)
 

@@ -13,17 +13,9 @@ from zconvert.cli import convert_init, extend_context
 from zconvert.cli.export import export_shown
 from zconvert.cli.training import run_shown
 from zconvert.cli.ui import err, out
-from zconvert.recipe import (
-    ConvertInitRecipe,
-    ExtendContextRecipe,
-    PipelineRecipe,
-    Recipe,
-    TrainingRecipe,
-    load_pipeline,
-    load_recipe,
-)
 
 if TYPE_CHECKING:
+    from zconvert.recipe import Recipe
     from zconvert.training.pipeline import Stage, Status
 
 
@@ -46,6 +38,7 @@ def command(
 
     Stages that are complete and unchanged are skipped, an interrupted one goes on; where inputs changed, it says which.
     """
+    from zconvert.recipe import PipelineRecipe, load_pipeline, load_recipe
     from zconvert.training.pipeline import export_stage, run_pipeline, stage_of
 
     recipes = load_pipeline(pipeline)
@@ -70,6 +63,8 @@ def command(
 
 
 def _runner(recipe: Recipe) -> Callable[[], None]:
+    from zconvert.recipe import ConvertInitRecipe, ExtendContextRecipe, TrainingRecipe
+
     if isinstance(recipe, ConvertInitRecipe):
         return lambda: convert_init.run_recipe(recipe)
     assert isinstance(recipe, TrainingRecipe)

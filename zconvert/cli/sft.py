@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -10,7 +10,9 @@ from rich.text import Text
 from zconvert.cli.launch import TorchrunOptions, launch
 from zconvert.cli.training import RecipeFile, run
 from zconvert.cli.ui import err, out
-from zconvert.recipe import SftRecipe, load_recipe
+
+if TYPE_CHECKING:
+    from zconvert.recipe import SftRecipe
 
 
 def command(
@@ -25,6 +27,8 @@ def command(
 
     Stopped at any moment, the same command continues. --show-example shows first what would be scored.
     """
+    from zconvert.recipe import SftRecipe, load_recipe
+
     settings = load_recipe(recipe, SftRecipe)
     if show_example:
         _show(settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,7 +16,9 @@ from rich.text import Text
 
 from zconvert.cli.launch import leave_at_once, speaks
 from zconvert.cli.ui import EXIT_ERROR, err, out
-from zconvert.recipe import TrainingRecipe
+
+if TYPE_CHECKING:
+    from zconvert.recipe import TrainingRecipe
 
 RecipeFile = Annotated[
     Path,

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from zconvert.checkpoint.folder import new_folder
 from zconvert.errors import UserError
+from zconvert.formats import TOKENISED, up_to_date
 
 _TYPES = {"ids": torch.int32, "loss_mask": torch.bool, "ends": torch.int64}
 _FILE = "documents.json"
-_FORMAT = 1
 _FLUSH_TOKENS = 1_000_000
 
 
@@ -148,7 +148,7 @@ def write_documents(folder: Path, documents: Iterable[Document], about: dict[str
             for file in files:
                 file.close()
         facts = {
-            "format": _FORMAT,
+            "format_version": TOKENISED,
             "documents": count,
             "tokens": tokens,
             "highest_id": highest,
@@ -162,14 +162,14 @@ def read_documents(folder: Path) -> tuple[Documents, dict[str, Any]]:
     """Documents that `write_documents` wrote, mapped into memory, and what `documents.json` says.
 
     Raises:
-        UserError: the folder is damaged.
+        UserError: the folder is damaged, or was written by a newer zconvert.
     """
     try:
-        facts = json.loads((folder / _FILE).read_text())
+        facts = up_to_date(json.loads((folder / _FILE).read_text()), folder / _FILE, TOKENISED)
         counts = {"ids": facts["tokens"], "loss_mask": facts["tokens"], "ends": facts["documents"]}
         arrays = {name: _mapped(folder / f"{name}.bin", counts[name], dtype) for name, dtype in _TYPES.items()}
         return Documents(**arrays, fingerprint=facts["fingerprint"]), facts
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"the tokenised documents in {folder} are damaged", found=error, fix="remove this folder; it is made anew"
         ) from error

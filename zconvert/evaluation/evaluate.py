@@ -18,6 +18,7 @@ from zconvert.evaluation.results import check_k, write_results
 from zconvert.evaluation.samplers import BASELINE, sampler_weights
 from zconvert.evaluation.sampling import Column, Progress, ask, make_samples, plans_of
 from zconvert.evaluation.tasks import Problem, Task, load_task, problems_of
+from zconvert.formats import EVALUATION
 from zconvert.page import require_drawing
 from zconvert.serving.timing import FILE as TUNING
 from zconvert.tidar.acceptance import Sampling
@@ -25,8 +26,6 @@ from zconvert.tidar.decoding import DecodePlan
 from zconvert.tidar.generate import layout_model_of
 from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.settings import TidarSettings
-
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -198,7 +197,7 @@ def _about(plan: Plan, settings: TidarSettings, checkpoint: Loaded, baseline: Lo
     device = checkpoint.model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": EVALUATION,
         "checkpoint": _identity(checkpoint.source),
         "baseline": None if baseline is None else _identity(baseline.source),
         "mode": settings.mode,

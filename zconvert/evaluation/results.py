@@ -29,8 +29,7 @@ from zconvert.evaluation.samples import (
     write_json,
 )
 from zconvert.evaluation.statistics import difference, interval_of_mean, pass_at_k
-
-FORMAT_VERSION = 1
+from zconvert.formats import EVALUATION
 
 
 def check_k(ks: Sequence[int], n: int) -> None:
@@ -64,7 +63,7 @@ def write_results(folder: Path, problems: dict[str, list[str]]) -> dict[str, Any
     reference = BASELINE if BASELINE in columns else AR if AR in columns else None
     tasks = {name: _task(folder, settings, name, problems[name], columns) for name in problems}
     about = {key: value for key, value in settings.items() if key not in ("tasks", "columns", "format_version")}
-    document = {"format_version": FORMAT_VERSION, **about, "reference": reference, "tasks": tasks}
+    document = {"format_version": EVALUATION, **about, "reference": reference, "tasks": tasks}
     write_json(folder / RESULTS_FILE, document)
     return document
 

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from zconvert.checkpoint.folder import writing
 from zconvert.errors import UserError
+from zconvert.formats import EVALUATION, up_to_date
 
 SETTINGS_FILE = "settings.json"
 RESULTS_FILE = "results.json"
@@ -111,7 +112,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """The settings of an evaluation.
 
     Raises:
-        UserError: the folder is none of an evaluation.
+        UserError: the folder is none of an evaluation, or is one of a newer zconvert.
     """
     try:
         found = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
@@ -123,7 +124,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
             fix="give its --out; without one it is evaluation/ in the run's folder",
         ) from error
     assert isinstance(found, dict), "zconvert wrote it"
-    return found
+    return up_to_date(found, folder / SETTINGS_FILE, EVALUATION)
 
 
 def go_on_with(folder: Path, settings: dict[str, Any]) -> None:

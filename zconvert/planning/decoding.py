@@ -26,11 +26,13 @@ measured 1.13 … 1.66× where an ideal engine would reach 2 … 3×: about 0.7 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zconvert.planning.acceptance import Curve, Yield, best_sets, two_forwards, yield_of
-from zconvert.planning.machines import Machine
 from zconvert.planning.model import ModelFacts
+
+if TYPE_CHECKING:
+    from zconvert.planning.machines import Machine
 
 _LOGIT_BYTES = 12
 

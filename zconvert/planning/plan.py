@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zconvert.errors import UserError
 from zconvert.planning.acceptance import Curve
@@ -20,11 +20,13 @@ from zconvert.planning.decoding import (
     yield_of,
 )
 from zconvert.planning.layouts import Layout, layouts
-from zconvert.planning.machines import Machine
 from zconvert.planning.memory import Memory, memory_of
 from zconvert.planning.model import ModelFacts
 from zconvert.planning.step_time import StageCost, StepTime, disk_bytes, stage_cost, step_time
 from zconvert.planning.workload import Workload
+
+if TYPE_CHECKING:
+    from zconvert.planning.machines import Machine
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS = (1024, 4096, 16_384, 32_768, 65_536, 131_072)

@@ -22,11 +22,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from zconvert.planning.layouts import Layout
-from zconvert.planning.machines import Machine
 from zconvert.planning.model import ModelFacts
 from zconvert.planning.workload import Workload
+
+if TYPE_CHECKING:
+    from zconvert.planning.machines import Machine
 
 _OPTIMIZER_BYTES = 28  # reads master, gradient, mean, square; writes master, mean, square
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from zconvert.recipe import ParallelRecipe, TrainingRecipe
 from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, GatedParts
+
+if TYPE_CHECKING:
+    from zconvert.recipe import ParallelRecipe, TrainingRecipe
 
 BYTES = {"float32": 4, "bfloat16": 2}
 """of a number"""

@@ -113,10 +113,6 @@ class TidarSettings:
             raise ValueError(f"tidar.proposals is {self.proposals!r}, expected a list of accepted counts")
         if self.proposals is not None and not all(type(count) is int for count in self.proposals):
             raise ValueError(f"tidar.proposals are {list(self.proposals)}, expected whole numbers")
-        if self.format_version > FORMAT_VERSION:
-            raise ValueError(
-                f"tidar.format_version is {self.format_version}, this version reads up to {FORMAT_VERSION}: upgrade"
-            )
         if not 2 <= self.block_size <= MAX_BLOCK_SIZE:
             raise ValueError(f"tidar.block_size is {self.block_size}, expected 2 to {MAX_BLOCK_SIZE}")
         if self.mode not in MODES or (self.mode == "gated") != (self.gated is not None):
@@ -159,8 +155,11 @@ class TidarSettings:
         """Reads the section; keys of newer versions are ignored.
 
         Raises:
-            ValueError: a key is missing or has a value that cannot work.
+            ValueError: a key is missing or has a value that cannot work, or the section is of a newer layout.
         """
+        version = section.get("format_version", FORMAT_VERSION)
+        if isinstance(version, int) and version > FORMAT_VERSION:  # first: of a newer layout nothing else can be said
+            raise ValueError(f"tidar.format_version is {version}, this version reads up to {FORMAT_VERSION}: upgrade")
         known = {f.name for f in fields(cls)}
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in section.items() if k in known}
         missing = {"block_size", "mask_token_id"} - values.keys()

@@ -97,6 +97,8 @@ def _flex_problem(model: LayoutModel) -> str | None:
         return "latent attention was not tried with it"
     if not model.model.get_decoder()._supports_flex_attn:
         return f"transformers has none for {model.family.model_type}"
+    if getattr(model.config, "attn_logit_softcapping", None):
+        return "its attention caps scores"  # as SDPA does not, which Gemma 2 has in older versions of transformers
     if getattr(model.config, "attention_dropout", 0.0):
         return "it knows no attention dropout"
     return None

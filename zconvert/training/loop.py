@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from zconvert.checkpoint.folder import writing
 from zconvert.data.packing import Batch, PackedRows
 from zconvert.errors import UserError
+from zconvert.formats import TRAIN_STATE, up_to_date
 from zconvert.recipe import TrainingRecipe
 from zconvert.tidar.settings import TidarSettings
 from zconvert.training.implementations import checkpoint_activations
@@ -339,6 +340,7 @@ class Trainer:
         self.parallel.rest(self.model)
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
         numbers = {
+            "format_version": TRAIN_STATE,
             "step": self.step,
             "tokens_seen": self.tokens_seen,
             "data": self.rows.state_dict(),
@@ -370,7 +372,8 @@ class Trainer:
             state = load_state(Path(wanted), self.parallel)
         if state is None:
             return
-        numbers = state.numbers
+        what = f"the train state {state.folder}"
+        numbers = up_to_date(state.numbers, what, TRAIN_STATE, [self._with_tokens_seen])
         self.rows.load_state_dict(numbers["data"])
         optimizer = self._optimizer_state()
         into = {**_named("model.", self._weights()), **_named("optimizer.", _tensors(optimizer))}
@@ -378,7 +381,8 @@ class Trainer:
         set_optimizer_state_dict(self.trained, self.optimizer, optimizer, options=_FLAT)
         self.step, self.tokens_seen = numbers["step"], numbers["tokens_seen"]
         self._window = _Window(**numbers["window"])
-        for observer, observed in zip(self.observers, numbers["observers"], strict=True):
+        # A recipe may ask for an evaluation, the last of them, that it did not ask for before; or no more.
+        for observer, observed in zip(self.observers, numbers["observers"], strict=False):
             observer.load_state_dict(observed)
         if len(numbers["random"]) == self.parallel.world:
             cpu, cuda = numbers["random"][self.parallel.rank]
@@ -386,6 +390,12 @@ class Trainer:
             if cuda is not None:
                 torch.cuda.set_rng_state(cuda)
         self.on_progress(Progress(message=f"continuing after step {self.step}"))
+
+    def _with_tokens_seen(self, numbers: dict[str, Any]) -> dict[str, Any]:
+        """A state of version 0 did not count them: every step had as many, unless the number of processes changed."""
+        recipe, processes = self.recipe, len(numbers["random"]) // self.parallel.context
+        rows = recipe.micro_batch_size * recipe.gradient_accumulation_steps * processes
+        return {**numbers, "tokens_seen": numbers["step"] * rows * recipe.sequence_len}
 
     @contextmanager
     def _metrics_file(self) -> Iterator[Any]:

@@ -106,16 +106,12 @@ class Parallel:
             dtype: auto keeps the number format of its files.
 
         Raises:
-            UserError: see `load_model`, `check_experts`.
+            UserError: see `load_model`, `check_experts`; or transformers is too old for several processes.
         """
         if self.world == 1:
             return load_model(source, dtype=dtype, device=self.device.type)
-        from transformers.distributed import DistributedConfig
-
         check_experts(source, self.recipe.expert_parallel)
-        config = DistributedConfig(
-            fsdp_size=self.fsdp, dp_replicate_size=self.world // self.fsdp, ep_size=self.recipe.expert_parallel
-        )
+        config = sharding(self.fsdp, self.world // self.fsdp, self.recipe.expert_parallel)
         with _layer_by_layer():
             model, tokenizer = load_model(source, dtype=dtype, sharding=config)
         _make_runnable(model)
@@ -359,6 +355,32 @@ def check_experts(source: Source, size: int) -> None:
     )
 
 
+def sharding(fsdp: int, replicas: int, experts: int) -> Any:
+    """How transformers is to share a model.
+
+    Args:
+        fsdp: processes that hold one copy of the weights.
+        replicas: copies.
+        experts: processes that share a layer's experts.
+
+    Raises:
+        UserError: it is too old to know.
+    """
+    import transformers
+
+    try:
+        from transformers.distributed import DistributedConfig
+
+        return DistributedConfig(fsdp_size=fsdp, dp_replicate_size=replicas, ep_size=experts)
+    except (ImportError, TypeError) as error:
+        raise UserError(
+            "training in several processes needs a newer transformers",
+            found=f"transformers {transformers.__version__}",
+            expected="5.23 or newer; one process trains with older ones too",
+            fix="pip install --upgrade transformers",
+        ) from error
+
+
 def _is_sharded(tensor: Tensor) -> bool:
     from torch.distributed.tensor import DTensor
 
@@ -375,9 +397,11 @@ def _causes(failure: Any) -> str:
 
 def _contiguous_shards(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Experts may be sharded twice in the same dimension, which torch's checkpoints cannot describe."""
+    if not dist.is_initialized():
+        return tensors
     from transformers.distributed.checkpoint import _redistribute_state_dict
 
-    return _redistribute_state_dict(tensors) if dist.is_initialized() else tensors
+    return _redistribute_state_dict(tensors)
 
 
 @contextmanager

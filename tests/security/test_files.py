@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.security.commands import edit_json, refused, run
 from zconvert.checkpoint.graft import convert_init
@@ -225,6 +226,10 @@ def test_a_checkpoints_own_code_is_never_run(converted: Path, tmp_path: Path) ->
         result = run(*command)
         assert result.exit_code == 0, result.output
         assert not (tmp_path / "ran").exists()
+    # Nor by those who trust the export's own.
+    AutoTokenizer.from_pretrained(out, trust_remote_code=True)
+    AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_nothing_is_unpickled_from_inspecting_to_generating(

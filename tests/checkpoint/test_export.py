@@ -330,7 +330,7 @@ def test_the_commands_summary_goes_to_stdout(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "one of them says what to do"),
+        ((), "give one of them"),
         (("--out", "a", "--hub", "org/a"), "--out and --hub were given"),
         (("--out", "a", "--check", "vllm"), "--out and --check were given"),
         (("--hub", "name"), "no repository"),

@@ -97,8 +97,9 @@ def test_the_converted_folder_computes_the_sources_logits_on_every_id_but_the_ma
 
 
 def test_the_source_is_untouched_even_where_its_files_are_links(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    blobs, snapshot = tiny_checkpoint("qwen3_moe", shards=3), tmp_path / "snapshot"
+    blobs, snapshot = tmp_path / "models--org--name" / "blobs", tmp_path / "snapshot"
     snapshot.mkdir()
+    shutil.copytree(tiny_checkpoint("qwen3_moe", shards=3), blobs)
     for path in blobs.iterdir():
         (snapshot / path.name).symlink_to(path)
     before = hashes(blobs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -78,8 +79,9 @@ def test_a_link_that_cannot_be_made_after_all_is_reported_as_the_copy_it_became(
 
 
 def test_a_file_of_the_hubs_cache_is_linked_and_not_the_link_to_it(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    blobs, snapshot = tiny_checkpoint("mixtral", shards=3), tmp_path / "snapshot"
+    blobs, snapshot = tmp_path / "models--org--name" / "blobs", tmp_path / "snapshot"
     snapshot.mkdir()
+    shutil.copytree(tiny_checkpoint("mixtral", shards=3), blobs)
     for path in blobs.iterdir():
         (snapshot / path.name).symlink_to(path)
     report = carry_out(plan_conversion(resolve(snapshot), tmp_path / "out"))

@@ -128,7 +128,7 @@ def test_a_malformed_config_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_a_config_that_is_a_folder_or_unreadable_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is no file"):
         read_config(tmp_path)
 
 

@@ -16,7 +16,8 @@ from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.load import load_model, prompt_ids
 from zconvert.checkpoint.source import resolve
 from zconvert.cli import generate, ui
-from zconvert.cli.streaming import Tally, safe
+from zconvert.cli.streaming import Tally
+from zconvert.cli.ui import safe
 from zconvert.errors import UserError
 
 PROMPT = "ten tall trees"

@@ -6,6 +6,7 @@ model's configuration (`language_model`) and returns None where nothing is said.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -45,6 +46,9 @@ _CACHES = {
     "linear_attention": "recurrent_state",
     "mamba": "recurrent_state",
 }
+_TOO_MANY = 2**40
+"""of anything: products of some such numbers are still numbers that a float can hold"""
+_MOST_LAYERS = 10_000
 _WITHOUT_CACHE = ("moe", "mlp")  # Nemotron-H counts these as layers of their own
 
 
@@ -58,7 +62,8 @@ def layers_of(config: dict[str, Any]) -> int | None:
     """How many layers there are."""
     blocks = config.get("layers_block_type")
     named = len(blocks) if isinstance(blocks, list) and blocks else None
-    return _whole(config, "num_hidden_layers", "num_layers", "n_layers", "n_layer") or named
+    layers = whole(config, "num_hidden_layers", "num_layers", "n_layers", "n_layer") or named
+    return None if layers is None or layers > _MOST_LAYERS else layers
 
 
 def layer_types_of(config: dict[str, Any]) -> dict[str, int] | None:
@@ -72,17 +77,17 @@ def layer_types_of(config: dict[str, Any]) -> dict[str, int] | None:
         return None
     if config.get("model_type") == "zaya":
         return {"hybrid": layers}
-    if _whole(config, "index_topk"):
+    if whole(config, "index_topk"):
         return {"indexed_attention": layers}
-    if _whole(config, "attention_chunk_size"):  # Llama 4: its layers without rotary embedding see everything
-        rotary, every = config.get("no_rope_layers"), _whole(config, "no_rope_layer_interval") or 4
+    if whole(config, "attention_chunk_size"):  # Llama 4: its layers without rotary embedding see everything
+        rotary, every = config.get("no_rope_layers"), whole(config, "no_rope_layer_interval") or 4
         full = sum(not each for each in rotary) if isinstance(rotary, list) and rotary else layers // every
         return _without_zeros({"chunked_attention": layers - full, "full_attention": full})
     if not window_of(config):
         return {"full_attention": layers}
-    pattern = _whole(config, "sliding_window_pattern") or _EVERY_NTH_FULL.get(str(config.get("model_type")))
+    pattern = whole(config, "sliding_window_pattern") or _EVERY_NTH_FULL.get(str(config.get("model_type")))
     full = layers // pattern if pattern else 0
-    if config.get("use_sliding_window") is True and (below := _whole(config, "max_window_layers")) is not None:
+    if config.get("use_sliding_window") is True and (below := whole(config, "max_window_layers")) is not None:
         full = min(layers, below)  # Qwen 2: the lower layers see everything
     return _without_zeros({"sliding_attention": layers - full, "full_attention": full})
 
@@ -92,22 +97,22 @@ def window_of(config: dict[str, Any]) -> int | None:
     # Qwen's configs carry a window and a switch that turns it off.
     if config.get("use_sliding_window") is False:
         return None
-    return _whole(config, "sliding_window", "sliding_window_size")
+    return whole(config, "sliding_window", "sliding_window_size")
 
 
 def experts_of(config: dict[str, Any]) -> dict[str, int | None] | None:
     """Routed experts a layer (`num`), how many a token passes through (`per_token`), and `shared` ones beside them."""
     feed_forward = config.get("ffn_config")
     config = {**config, **feed_forward} if isinstance(feed_forward, dict) else config
-    num = _whole(config, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    num = whole(config, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     if not num or config.get("enable_moe_block") is False or config.get("is_moe") is False:
         return None
     keys = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
-    per_token = _whole(config, *keys)
+    per_token = whole(config, *keys)
     if per_token is None and config.get("model_type") == "zaya":
         per_token = 1  # the only number it knows; its first configs leave it out
-    shared = _whole(config, "n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
-    if shared is None and _whole(config, "shared_expert_intermediate_size", "shared_intermediate_size"):
+    shared = whole(config, "n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
+    if shared is None and whole(config, "shared_expert_intermediate_size", "shared_intermediate_size"):
         shared = 1
     return {"num": num, "per_token": per_token, "shared": shared}
 
@@ -123,8 +128,8 @@ def router_of(config: dict[str, Any]) -> dict[str, Any] | None:
     known = "sigmoid" if model_type in _SIGMOID else "softmax" if model_type in _SOFTMAX else None
     return {
         "scoring": str(said) if said else known,
-        "groups": _whole(config, "n_group", "num_expert_group"),
-        "groups_per_token": _whole(config, "topk_group"),
+        "groups": whole(config, "n_group", "num_expert_group"),
+        "groups_per_token": whole(config, "topk_group"),
         "aux_loss": _number(config, "router_aux_loss_coef", "aux_loss_coef", "aux_loss_alpha", "moe_loss_weight"),
         "scaling": _number(config, "routed_scaling_factor", "moe_routed_scaling_factor", "router_scaling_factor"),
     }
@@ -134,16 +139,16 @@ def attention_of(config: dict[str, Any]) -> dict[str, Any]:
     """Heads and their width, how keys and values are made, and how far a layer sees."""
     inner = config.get("attn_config")
     config = {**inner, **config} if isinstance(inner, dict) else config
-    heads = _whole(config, "num_attention_heads", "n_heads", "n_head")
-    key_values = _whole(config, "num_key_value_heads", "kv_n_heads") or heads
-    width, head_dim = _whole(config, "hidden_size", "d_model", "n_embd"), _whole(config, "head_dim")
+    heads = whole(config, "num_attention_heads", "n_heads", "n_head")
+    key_values = whole(config, "num_key_value_heads", "kv_n_heads") or heads
+    width, head_dim = whole(config, "hidden_size", "d_model", "n_embd"), whole(config, "head_dim")
     if head_dim is None and heads and width:
         head_dim = width // heads
-    if _whole(config, "kv_lora_rank"):
+    if whole(config, "kv_lora_rank"):
         kind = "mla"
-        parts = [_whole(config, key) for key in ("qk_nope_head_dim", "qk_rope_head_dim")]
+        parts = [whole(config, key) for key in ("qk_nope_head_dim", "qk_rope_head_dim")]
         head_dim = sum(part for part in parts if part) if all(parts) else head_dim
-    elif _whole(config, "cca_time0") or config.get("model_type") == "zaya":
+    elif whole(config, "cca_time0") or config.get("model_type") == "zaya":
         kind = "cca"
     elif heads is None or key_values is None:
         kind = None
@@ -155,8 +160,8 @@ def attention_of(config: dict[str, Any]) -> dict[str, Any]:
         "kv_heads": key_values,
         "head_dim": head_dim,
         "sliding_window": window_of(config),
-        "chunk": _whole(config, "attention_chunk_size"),
-        "indexer_top_k": _whole(config, "index_topk"),
+        "chunk": whole(config, "attention_chunk_size"),
+        "indexer_top_k": whole(config, "index_topk"),
     }
 
 
@@ -196,7 +201,7 @@ def cache_of(config: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 def context_of(config: dict[str, Any]) -> int | None:
     """Positions the model was made for, tokens."""
-    return _whole(config, "max_position_embeddings", "max_seq_len", "n_positions", "model_max_length", "seq_length")
+    return whole(config, "max_position_embeddings", "max_seq_len", "n_positions", "model_max_length", "seq_length")
 
 
 def rope_of(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -214,32 +219,33 @@ def rope_of(config: dict[str, Any]) -> dict[str, Any] | None:
 
 def _cache_width(config: dict[str, Any], attention: dict[str, Any]) -> int | None:
     if attention["kind"] == "mla":
-        return (_whole(config, "kv_lora_rank") or 0) + (_whole(config, "qk_rope_head_dim") or 0)
+        return (whole(config, "kv_lora_rank") or 0) + (whole(config, "qk_rope_head_dim") or 0)
     heads, head_dim = attention["kv_heads"], attention["head_dim"]
-    return heads * (head_dim + (_whole(config, "v_head_dim") or head_dim)) if heads and head_dim else None
+    return heads * (head_dim + (whole(config, "v_head_dim") or head_dim)) if heads and head_dim else None
 
 
 def _cca_width(config: dict[str, Any], attention: dict[str, Any]) -> int | None:
     heads, key_values, head_dim = attention["heads"], attention["kv_heads"], attention["head_dim"]
     if not heads or not key_values or not head_dim:
         return None
-    tokens = sum((_whole(config, key) or 2) - 1 for key in ("cca_time0", "cca_time1"))
+    tokens = sum((whole(config, key) or 2) - 1 for key in ("cca_time0", "cca_time1"))
     return tokens * (heads + key_values) * head_dim + key_values * head_dim // 2
 
 
-def _whole(config: dict[str, Any], *keys: str) -> int | None:
-    """The first of these keys that holds a whole number, or a list of one number for all layers (Hunyuan)."""
+def whole(config: dict[str, Any], *keys: str) -> int | None:
+    """The first of these keys that holds a count, or a list of one count for all layers (Hunyuan)."""
     for key in keys:
         value = config.get(key)
         if isinstance(value, list) and value and all(each == value[0] for each in value):
             value = value[0]
-        if type(value) is int:
+        if type(value) is int and 0 <= value < _TOO_MANY:
             return value
     return None
 
 
 def _number(config: dict[str, Any], *keys: str) -> float | None:
-    return next((config[key] for key in keys if type(config.get(key)) in (int, float)), None)
+    numbers = (config[key] for key in keys if type(config.get(key)) in (int, float))
+    return next((number for number in numbers if math.isfinite(number)), None)
 
 
 def _without_zeros(counts: dict[str, int]) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,16 @@ from typing import Any
 from zconvert import __version__
 from zconvert.checkpoint.folder import BASE_CARD
 from zconvert.checkpoint.measured import measured_section
+from zconvert.checkpoint.small_files import read_small
+from zconvert.recipe.yaml_text import read_yaml
 from zconvert.tidar.families import language_config
 from zconvert.tidar.settings import GATED_FILE, TidarSettings
 
 TAGS = ("tidar", "block-diffusion", "diffusion-language-model", "zconvert", "custom_generate")
 _INHERITED = ("license", "license_name", "license_link", "language")
 _FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---\s*$", re.DOTALL | re.MULTILINE)
+_MOST_FRONT, _MOST_WORD = 100_000, 500
+"""characters"""
 _LICENCE_TEXTS = (("apache-2.0", "Apache License\n", "Version 2.0"), ("mit", "MIT License", "without restriction"))
 
 
@@ -43,16 +48,20 @@ def inherited_metadata(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in (BASE_CARD, "README.md"):
         if (folder / name).is_file():
-            front = _front_matter((folder / name).read_text(encoding="utf-8", errors="replace"))
-            found = {key: front[key] for key in _INHERITED if front.get(key)}
+            front = _front_matter(_text(folder / name))
+            found = {key: front[key] for key in _INHERITED if _is_plain(front.get(key))}
             break
     if "license" not in found:
         for path in sorted([*folder.glob("LICENSE*"), *folder.glob("LICENCE*")]):
-            text = path.read_text(encoding="utf-8", errors="replace")[:4000]
+            text = _text(path)[:4000]
             for identifier, *signs in _LICENCE_TEXTS:
                 if all(sign in text for sign in signs):
                     return {**found, "license": identifier}
     return found
+
+
+def _text(path: Path) -> str:
+    return read_small(path).decode("utf-8", errors="replace").replace("\r\n", "\n")
 
 
 def model_card(
@@ -96,14 +105,18 @@ def model_card(
 
 
 def _front_matter(text: str) -> dict[str, Any]:
-    import yaml
-
-    match = _FRONT_MATTER.match(text)
+    """What a card says of itself; nothing where it cannot be read or has more than plain values: strangers write it."""
+    match = _FRONT_MATTER.match(text[:_MOST_FRONT])
     try:
-        values = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:  # somebody else's card: what cannot be read is not inherited
+        return read_yaml(match[1])[0] if match else {}
+    except ValueError:
         return {}
-    return values if isinstance(values, dict) else {}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a word or some words."""
+    words = value if isinstance(value, list) else [value]
+    return bool(words) and all(isinstance(word, str) and 0 < len(word) <= _MOST_WORD for word in words)
 
 
 def _is_moe(config: Mapping[str, Any]) -> bool:
@@ -255,9 +268,9 @@ def _commands(settings: TidarSettings, facts: Facts) -> str:
     for number, stage in enumerate(stages, 1):
         last = stage not in stages[number:]  # of that name, which is the one that the command takes
         file = "zconvert_config.yaml" if last else f"{number}-{stage}.yaml  # its recipe, in a file of its own"
-        lines.append(f"zconvert {stage} {file}")
+        lines.append(f"zconvert {shlex.quote(stage)} {file}")
     recipe = facts.history[-1].get("recipe")
-    folder = recipe.get("output_dir", "CHECKPOINT") if isinstance(recipe, Mapping) else "CHECKPOINT"
+    folder = shlex.quote(str(recipe.get("output_dir", "CHECKPOINT") if isinstance(recipe, Mapping) else "CHECKPOINT"))
     options = [f"--dtype {facts.rewritten['dtype']}"] if facts.rewritten and "dtype" in facts.rewritten else []
     lines.append(" ".join([f"zconvert export {folder} --out DIR", *options]))
     return f"""\

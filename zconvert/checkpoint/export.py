@@ -19,7 +19,7 @@ from zconvert.checkpoint.engines import serving_lines
 from zconvert.checkpoint.folder import ORIGINALS, copy, copy_companions, link, new_folder, sha256
 from zconvert.checkpoint.graft import GENERATION_CONFIG, generation_patch
 from zconvert.checkpoint.headers import INDEX_FILE, Headers, read_headers
-from zconvert.checkpoint.json_patch import read_json
+from zconvert.checkpoint.json_patch import parse_json_object, patch_json, read_json, read_json_text
 from zconvert.checkpoint.mask_token import choose_mask_token, tokenizer_patches
 from zconvert.checkpoint.provenance import (
     HISTORY,
@@ -106,6 +106,12 @@ def export(
     texts = _checked_texts(source, headers, config, settings)
     if layout.cast:
         texts["config.json"] = config_patch(source, settings, dtype)
+    for name in ("config.json", "tokenizer_config.json"):
+        text = texts.get(name) or read_json_text(source / name)
+        if "auto_map" in parse_json_object(text, name):
+            # Who loads it with trust_remote_code, for our decoding, would run the source's own code in place of
+            # transformers': nobody was asked about that, and decoding knows only the latter.
+            texts[name] = patch_json(text, {}, remove=["auto_map"], name=name)
     if history:
         texts[RECIPE_FILE] = _RECIPE_HEAD + write_yaml({"stages": history})
     facts = Facts(

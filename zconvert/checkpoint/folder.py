@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from zconvert.checkpoint.lock import held
+from zconvert.checkpoint.small_files import require_inside
 from zconvert.errors import UserError
 
 _FICLONE = 0x40049409  # ioctl of Linux: share the extents of another file until one of the two is written to
@@ -234,7 +235,7 @@ def companions(src: Path) -> dict[str, Path]:
     """What `copy_companions` copies: name in the new folder -> the file.
 
     Raises:
-        UserError: such a file is a link that leads nowhere.
+        UserError: such a file is a link that leads nowhere or out of the folder.
     """
     found: dict[str, Path] = {}
     for folder in _FOLDERS:
@@ -255,6 +256,8 @@ def companions(src: Path) -> dict[str, Path]:
             found[name] = path
     if (src / "README.md").is_file() and BASE_CARD not in found:
         found[BASE_CARD] = src / "README.md"
+    for path in found.values():
+        require_inside(path, src)
     return found
 
 

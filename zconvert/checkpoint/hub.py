@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import glob
-import json
 import os
 import re
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from zconvert.checkpoint.folder import sha256
-from zconvert.checkpoint.headers import INDEX_FILE, MAX_HEADER_BYTES, SINGLE_FILE, ShardFiles
+from zconvert.checkpoint.headers import INDEX_FILE, MAX_HEADER_BYTES, SINGLE_FILE, ShardFiles, read_weight_map
 from zconvert.errors import UserError
 from zconvert.tidar.settings import OWN_FILES
 
@@ -164,14 +163,15 @@ def _shards(folder: Path) -> dict[str, int]:
     """
     if (folder / SINGLE_FILE).exists():
         return {SINGLE_FILE: 0}
-    lengths: Counter[str] = Counter()
-    try:
-        for tensor, shard in json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].items():
-            lengths[shard] += len(tensor) + _ENTRY_BYTES
-    except FileNotFoundError:
+    if not (folder / INDEX_FILE).exists():
         return {SINGLE_FILE: 0}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    try:
+        weight_map = read_weight_map(folder / INDEX_FILE)
+    except UserError:
         return {}  # who reads the headers says what is wrong with the index
+    lengths: Counter[str] = Counter()
+    for tensor, shard in weight_map.items():
+        lengths[shard] += len(tensor) + _ENTRY_BYTES
     return {shard: length + _FRAME_BYTES for shard, length in lengths.items()}
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zconvert.checkpoint.small_files import read_small
 from zconvert.errors import UserError
 
 _DECODER = json.JSONDecoder()
@@ -37,10 +38,10 @@ def read_json_text(path: Path) -> str:
     """The text of a JSON file, line ends as they are.
 
     Raises:
-        UserError: the file cannot be read, or is not UTF-8.
+        UserError: the file cannot be read (see `read_small`), or is not UTF-8.
     """
     try:
-        return path.read_bytes().decode("utf-8")
+        return read_small(path).decode("utf-8")
     except OSError as error:
         raise UserError(
             f"{path} cannot be read", found=error.strerror, fix="check the path and its permissions"
@@ -58,7 +59,7 @@ def parse_json_object(text: str, name: str = "JSON") -> dict[str, Any]:
     try:
         with _collector_paused():
             document = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
         raise UserError(f"{name} is malformed", found=str(error), expected="a JSON object", fix=_AGAIN) from error
     if not isinstance(document, dict):
         raise UserError(f"{name} is malformed", found=type(document).__name__, expected="a JSON object", fix=_AGAIN)

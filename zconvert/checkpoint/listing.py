@@ -5,8 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from zconvert.checkpoint.headers import INDEX_FILE, FolderFiles, Headers, Shard, TensorInfo, read_header
-from zconvert.checkpoint.json_patch import read_json
+from zconvert.checkpoint.headers import (
+    INDEX_FILE,
+    FolderFiles,
+    Headers,
+    Shard,
+    TensorInfo,
+    read_header,
+    read_weight_map,
+)
 from zconvert.checkpoint.source import Source, headers_of
 from zconvert.checkpoint.verdict import sentence
 from zconvert.errors import UserError
@@ -64,16 +71,16 @@ def _pickled(source: Source, error: UserError) -> Listing | None:
 
 def _incomplete(folder: Path, error: UserError) -> Listing | None:
     """What the shards of a folder hold that do not agree with their index; None where something else is wrong."""
-    weight_map = read_json(folder / INDEX_FILE).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    try:
+        weight_map = read_weight_map(folder / INDEX_FILE)
+    except UserError:  # what is wrong with it was told already
         return None
     tensors: dict[str, TensorInfo] = {}
     shards, missing_shards = [], []
+    present = FolderFiles(folder).names()
     for name in sorted(set(weight_map.values())):
         path = folder / name
-        if path.parent != folder:
-            return None  # an index that points out of the folder is no index
-        if not path.is_file():
+        if name not in present:
             missing_shards.append(name)
             continue
         found, metadata = read_header(path)

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from zconvert.checkpoint.mask_token import read_vocabulary
+from zconvert.checkpoint.folder import companions
+from zconvert.checkpoint.headers import Headers
+from zconvert.checkpoint.mask_token import TOKENIZER_FILE, read_vocabulary
 from zconvert.checkpoint.quantisation import UNPACKED_AT_LOAD, quantisation
 from zconvert.checkpoint.source import Source, headers_of, read_config, tidar_settings
 from zconvert.errors import UserError, out_of_memory
@@ -15,6 +17,7 @@ from zconvert.tidar.settings import GATED_FILE
 
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
+_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth", "num_nextn_predict_layers")
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -40,7 +43,7 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto", sha
 
     place = _device(device)
     _check_files(source)
-    tokenizer = load_tokenizer(source)
+    tokenizer = _tokenizer(source)
     with _quiet():
         try:
             wanted = dtype if dtype == "auto" else getattr(torch, dtype)
@@ -49,6 +52,7 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto", sha
                 dtype=wanted,
                 output_loading_info=True,
                 distributed_config=sharding,
+                use_safetensors=True,
                 **_unpacking(source),
                 **_LOCAL,
             )
@@ -75,6 +79,13 @@ def load_tokenizer(source: Source) -> Any:
     Raises:
         UserError: it cannot be loaded.
     """
+    companions(source.folder)  # as `_check_own` does
+    if (source.folder / TOKENIZER_FILE).exists():
+        read_vocabulary(source.folder)  # damage is told apart better here than by a loader
+    return _tokenizer(source)
+
+
+def _tokenizer(source: Source) -> Any:
     from transformers import AutoTokenizer
 
     with _quiet():
@@ -137,8 +148,10 @@ def _unpacking(source: Source) -> dict[str, Any]:
 
 def _check_files(source: Source) -> None:
     """Refuses what transformers would load as something else: without tokenizer files it makes up an empty one."""
-    headers_of(source)  # damaged weights are told apart better here than by a loader
-    vocabulary, settings = read_vocabulary(source.folder), tidar_settings(read_config(source.folder))
+    headers = headers_of(source)  # damaged weights are told apart better here than by a loader
+    config = read_config(source.folder)
+    _check_own(source, config, headers)
+    vocabulary, settings = read_vocabulary(source.folder), tidar_settings(config)
     if settings is None:
         return
     if not settings.virtual and vocabulary.ids.get(settings.mask_token) != settings.mask_token_id:
@@ -156,6 +169,31 @@ def _check_files(source: Source) -> None:
             found=f"no {GATED_FILE}",
             expected=f"the weights that {', '.join(trained)} trained",
             fix="copy or download the checkpoint again, with its folders",
+        )
+
+
+def _check_own(source: Source, config: dict[str, Any], headers: Headers) -> None:
+    """Refuses what would have transformers load something else than this folder, or run what is not its own."""
+    companions(source.folder)  # all that transformers may read are files, and no links out of the folder
+    strays = []
+    sections = [config]
+    while sections:
+        section = sections.pop()
+        sections += [inner for inner in section.values() if isinstance(inner, dict)]
+        for key, value in section.items():
+            # Other weights than those that were looked at; attention by code of the Hub's; and layers without weights,
+            # which would be made up, were there a million of them.
+            elsewhere = key == "transformers_weights" or ("implementation" in key and "/" in str(value))
+            if elsewhere or (key in _LAYER_COUNTS and type(value) is int and value > len(headers.tensors)):
+                strays.append(f"{key}: {value!r:.100}")
+    if (source.folder / "adapter_config.json").exists():  # transformers would load the model that it names, with peft
+        strays.append("adapter_config.json beside a model's weights")
+    if strays:
+        raise UserError(
+            f"{source.name} asks for something that is no part of it",
+            found=f"{'; '.join(strays[:5])}, beside weights of {len(headers.tensors):,} tensors",
+            expected="a model whose config.json and weights are all there is to it",
+            fix="take a checkpoint that you trust, or mend its config.json",
         )
 
 

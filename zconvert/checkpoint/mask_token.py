@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from zconvert.checkpoint.headers import Headers, TensorInfo
 from zconvert.checkpoint.json_patch import append_to_list, parse_json_object, patch_json, read_json, read_json_text
-from zconvert.checkpoint.tokenizer_file import read_without_merges
+from zconvert.checkpoint.tokenizer_file import check_growth, read_without_merges
 from zconvert.errors import UserError
 from zconvert.tidar.families import language_config
 
@@ -200,6 +200,7 @@ def tokenizer_patches(folder: Path, mask: MaskToken, vocabulary: Vocabulary | No
 
 
 def _vocabulary(document: dict[str, Any], path: Path) -> Vocabulary:
+    check_growth(document, path)
     try:
         entries = document["model"]["vocab"]
         if isinstance(entries, list):  # unigram models: [text, score] in the order of ids

@@ -12,6 +12,7 @@ from typing import Any
 
 from zconvert.checkpoint.folder import copy, new_folder, place, sha256
 from zconvert.checkpoint.provenance import PROVENANCE_FILE, REWRITTEN, SOURCE_FILES, read_provenance
+from zconvert.checkpoint.small_files import require_inside
 from zconvert.checkpoint.source import Source, require_converted
 from zconvert.errors import UserError
 
@@ -56,9 +57,13 @@ def merge_to_ar(
         for number, (name, entry) in enumerate(entries.items(), 1):
             if on_file is not None:
                 on_file(name, number, len(entries))
-            path = folder / name
+            path, found_at = folder / name, checkpoint.folder / entry.get("at", name)
             path.parent.mkdir(parents=True, exist_ok=True)
-            (place if name.endswith(".safetensors") else copy)(checkpoint.folder / entry.get("at", name), path)
+            if name.endswith(".safetensors"):
+                place(found_at, path)
+            else:
+                require_inside(found_at, checkpoint.folder)
+                copy(found_at, path)
             wanted = entry.get("sha256") or _exported(document, name)
             found = sha256(path) if wanted else None
             if path.stat().st_size != entry["bytes"] or found != wanted:

@@ -19,7 +19,7 @@ INPUT_EMBEDDINGS = (
 OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight", "unembed.weight", "=head.weight", "=output.weight")
 """how the names of output embeddings (heads) end; after = the whole name"""
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d{1,9})\.")
 _STACKED = ("input_linear.weight", "output_linear.weight", "down_embed.weight", "up_embed.weight")
 """Granite's, JetMoE's and Doge's experts, one along the first axis, in no module called experts"""
 

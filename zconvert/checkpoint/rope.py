@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from zconvert.checkpoint.folder import writing
+from zconvert.checkpoint.folder import companions, copy, link, writing
+from zconvert.checkpoint.headers import INDEX_FILE
 from zconvert.checkpoint.json_patch import patch_json, read_json, read_json_text
-from zconvert.checkpoint.source import CONFIG_FILE, Source, read_config
+from zconvert.checkpoint.provenance import PROVENANCE_FILE
+from zconvert.checkpoint.source import CONFIG_FILE, Source, headers_of, read_config
 from zconvert.checkpoint.weights import patch_config
 from zconvert.errors import UserError
 from zconvert.tidar.families import language_config
+from zconvert.tidar.settings import OWN_FILES
 
 LENGTHS = ("max_position_embeddings", "max_seq_len", "n_positions")
 _LIMITED = ("sliding", "chunked")
@@ -109,7 +112,8 @@ def config_changes(config: Mapping[str, Any], change: RopeChange) -> dict[str, A
 
 
 def extended(source: Source, change: RopeChange, folder: Path) -> None:
-    """A view of a checkpoint with another `config.json`: a folder of links, from which it is loaded like any other.
+    """A view of a checkpoint with another `config.json`: a folder with links to its weights and copies of its small
+    files, from which it is loaded like any other.
 
     Args:
         source: the checkpoint.
@@ -123,11 +127,14 @@ def extended(source: Source, change: RopeChange, folder: Path) -> None:
     text = patch_config(source.folder, config_changes(language_config(config), change))
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for path in source.folder.iterdir():
-            link = folder / path.name
-            link.unlink(missing_ok=True)
-            if path.name != CONFIG_FILE:
-                link.symlink_to(path.resolve())
+        files = companions(source.folder)
+        weights = [*(shard.name for shard in headers_of(source).shards), *OWN_FILES]
+        files |= {name: source.folder / name for name in (INDEX_FILE, PROVENANCE_FILE, *weights)}
+        for name, path in files.items():
+            (folder / name).unlink(missing_ok=True)
+            if path.exists():
+                (folder / name).parent.mkdir(exist_ok=True)
+                (link if name in weights else copy)(path, folder / name)
         (folder / CONFIG_FILE).write_bytes(text.encode())
         tokenizer = source.folder / "tokenizer_config.json"
         limit = read_json(tokenizer).get("model_max_length")

@@ -13,6 +13,7 @@ from typing import Any
 
 from zconvert.checkpoint.headers import Headers, ShardFiles, read_headers
 from zconvert.checkpoint.hub import Progress, fetch, hub_files
+from zconvert.checkpoint.small_files import read_small
 from zconvert.errors import UserError
 from zconvert.formats import up_to_date
 from zconvert.tidar.families import language_config
@@ -115,7 +116,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_FILE
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_small(path).decode("utf-8"))
     except FileNotFoundError:
         raise _no_checkpoint(folder) from None
     except OSError as error:

@@ -37,6 +37,6 @@ def shown(name: str) -> Iterator[Report]:
         now = time.monotonic()
         if now - last >= SECONDS_BETWEEN_LINES and total:
             last = now
-            err.print(f"Fetching {name}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB", markup=False, soft_wrap=True)
+            err.print(f"Fetching {name}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB", soft_wrap=True)
 
     yield line

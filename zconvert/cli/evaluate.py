@@ -275,7 +275,12 @@ def _default_folder(source: Source) -> Path:
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, str, int, int], None]]:
     """Bars on stderr; yields what is told of each: a name, what is counted, how many, of how many."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[what]}"))
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[what]}"),
+    )
     shown = err.is_terminal  # into a file, an empty line would be all
     with Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err, disable=not shown) as bars:
         tasks: dict[str, Any] = {}

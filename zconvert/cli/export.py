@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from enum import StrEnum
 from pathlib import Path
@@ -163,7 +164,7 @@ def _check_usage(
 def _read_results(path: Path | None) -> dict[str, Any] | None:
     from zconvert.checkpoint.json_patch import parse_json_object, read_json_text
 
-    return None if path is None else parse_json_object(read_json_text(path), str(path))
+    return None if path is None else parse_json_object(read_json_text(Path(os.path.realpath(path))), str(path))
 
 
 def _check(source: Source, wanted: EngineName, as_json: bool) -> None:

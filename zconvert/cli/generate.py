@@ -15,7 +15,7 @@ from zconvert.checkpoint.folder import own_file
 from zconvert.checkpoint.load import end_token_ids, load_model, load_tokenizer, prompt_ids
 from zconvert.checkpoint.source import read_config, require_converted, resolve
 from zconvert.cli import options
-from zconvert.cli.streaming import Tally, plural, safe, show_blocks, show_nothing, show_plain, write
+from zconvert.cli.streaming import Tally, plural, show_blocks, show_nothing, show_plain, write
 from zconvert.cli.ui import err, out, print_json, progress
 from zconvert.tidar.families import language_config
 
@@ -171,7 +171,7 @@ def command(
     out.print()
     err.print(Text(str(tally), style="dim"), soft_wrap=True)
     if settings.mode == "gated" and sampler is options.Sampler.LOSSLESS:
-        err.print(Text(safe(settings.lossless_means()), style="dim"), soft_wrap=True)
+        err.print(Text(settings.lossless_means(), style="dim"), soft_wrap=True)
 
 
 def _check_uses(

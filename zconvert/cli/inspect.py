@@ -59,25 +59,25 @@ def command(
 def show(document: dict[str, Any]) -> None:
     """Prints what `describe` returned, for people."""
     revision = f" @ {document['revision'][:12]}" if document["revision"] else ""
-    out.print(_plain(f"{document['name']}{revision}", "bold"))
+    out.print(Text(f"{document['name']}{revision}", "bold"))
     out.print(_verdict(document))
     out.print()
-    show_facts([(name, _plain(text).plain) for name, text in _rows(document)], indent=0, style="cyan")
+    show_facts(_rows(document), indent=0, style="cyan")
     if document["next"]:
         out.print()
         # soft_wrap: a command that the terminal folds by itself can still be copied whole
-        out.print(Text.assemble(("Next: ", "bold"), _plain(document["next"])), soft_wrap=True)
+        out.print(Text.assemble(("Next: ", "bold"), Text(document["next"])), soft_wrap=True)
 
 
 def _verdict(document: dict[str, Any]) -> Text:
     settings = document["tidar"]
     if document["verdict"] == "refused":
-        return Text.assemble(("Cannot be converted: ", "bold red"), _plain(document["reason"]))
+        return Text.assemble(("Cannot be converted: ", "bold red"), Text(document["reason"]))
     if settings is None:
         return Text("Can be converted", style="bold green")
     trained = f"trained by {', '.join(settings['stages'])}" if settings["stages"] else "not trained yet"
     return Text.assemble(
-        ("Converted", "bold green"), _plain(f" from {settings['base_model'] or 'an unknown model'}, {trained}")
+        ("Converted", "bold green"), Text(f" from {settings['base_model'] or 'an unknown model'}, {trained}")
     )
 
 
@@ -243,8 +243,3 @@ def _number(value: int | None) -> str:
 
 def _or_unknown(value: object) -> str:
     return "unknown" if value is None else str(value)
-
-
-def _plain(text: object, style: str = "") -> Text:
-    """Text of a stranger's file: no markup is read in it, and control characters do not reach the terminal."""
-    return Text("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(text)), style)

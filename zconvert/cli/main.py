@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -196,6 +197,8 @@ def _options(
 def main() -> None:
     """Entry point of the console command."""
     ui.end_on_sigterm()
+    # Headers of a large model are some 100,000 small objects, which the default (700) walks through again and again.
+    gc.set_threshold(50_000, 20, 20)
     app(prog_name="zconvert")
 
 

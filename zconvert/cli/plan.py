@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -219,7 +220,7 @@ class _Measured:
 
 
 def _measure(target: Target, bench: Path | None) -> _Measured:
-    document = None if bench is None else read_json(bench)
+    document = None if bench is None else read_json(Path(os.path.realpath(bench)))
     import torch
 
     from zconvert.planning import calibrate as library

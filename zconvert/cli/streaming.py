@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from zconvert.cli.ui import out
+from zconvert.cli.ui import out, safe
 
 if TYPE_CHECKING:
     from zconvert.serving.text import GrowingText
@@ -114,19 +114,13 @@ def show_plain(piece: str, forward: int) -> None:
 
 def show_blocks(piece: str, forward: int) -> None:
     """Each forward in another colour than the one before; in brackets on a terminal without colours."""
-    text = safe(piece)
     if out.is_terminal and out.color_system is None and piece:
-        text = f"[{text}]"
-    out.print(Text(text, style=_BLOCK_STYLES[forward % 2]), end="", soft_wrap=True)
+        piece = f"[{piece}]"
+    out.print(Text(piece, style=_BLOCK_STYLES[forward % 2]), end="", soft_wrap=True)
 
 
 def show_nothing(piece: str, forward: int) -> None:
     """It is told in another way."""
-
-
-def safe(text: str) -> str:
-    """Without control characters: a model's text must not steer the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def plural(count: int, noun: str) -> str:

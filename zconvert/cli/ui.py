@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeVar
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -28,9 +29,33 @@ EXIT_INTERRUPTED = 130
 # rich takes NO_COLOR to mean no colours, and leaves bold; here it means plain text.
 _COLORS: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
 
-out = Console(highlight=False, color_system=_COLORS)
+
+class _SafeConsole(Console):
+    """Prints what strangers wrote in checkpoints, rows and texts as text: no markup, and nothing steers a terminal."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As rich does it; all that is printed comes through here, tables and bars too."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=safe(segment.text))
+
+
+def safe(text: str) -> str:
+    r"""Without control characters, which would steer the terminal or turn the direction of the text around them.
+
+    >>> safe("a\x1b[2Jb\u202e")
+    'a�[2Jb�'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in _HARMLESS else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+# White space of other scripts, and the joiners of some, are harmless too.
+_HARMLESS = frozenset("\n\t\N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}\N{IDEOGRAPHIC SPACE}\u200c\u200d")
+
+out = _SafeConsole(highlight=False, markup=False, emoji=False, color_system=_COLORS)
 """results: tables and text on stdout"""
-err = Console(stderr=True, highlight=False, color_system=_COLORS)
+err = _SafeConsole(stderr=True, highlight=False, markup=False, emoji=False, color_system=_COLORS)
 """progress and errors on stderr"""
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -84,7 +109,7 @@ def show_table(table: Table, console: Console = out) -> None:
 def progress() -> Progress:
     """A bar on stderr for what is counted; none where nobody looks on."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -123,6 +148,11 @@ def handled(command: Command) -> Command:
             else:
                 _print_traceback()
                 print_error(_too_little_memory(said, kwargs))
+            _print_unexpected(error)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of the tokenizers library, such as by a pattern of no end
+                raise
+            _print_unexpected(error)
         raise typer.Exit(EXIT_ERROR)
 
     return run  # type: ignore[return-value]
@@ -156,7 +186,7 @@ def _too_little_memory(said: str, options: dict[str, Any]) -> UserError:
     return UserError("there is too little memory", found=said, fix="close other programs, or take a larger machine")
 
 
-def _print_unexpected(error: Exception) -> None:
+def _print_unexpected(error: BaseException) -> None:
     _print_traceback()
     line = " ".join(str(error).split())
     what = f"{type(error).__name__}: {line}" if line else type(error).__name__
@@ -200,4 +230,5 @@ def _debugging() -> bool:
 
 def _print_traceback() -> None:
     if _debugging():
-        sys.stderr.write(traceback.format_exc())
+        text = traceback.format_exc()
+        sys.stderr.write(safe(text) if sys.stderr.isatty() else text)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from zconvert.data import templates
 from zconvert.data.documents import Document
 from zconvert.errors import UserError
 from zconvert.recipe import DatasetRecipe
@@ -132,7 +133,7 @@ def _tools_of(row: dict[str, Any], dataset: DatasetRecipe) -> list[dict[str, Any
     if isinstance(tools, str):  # tables keep what has no fixed columns as JSON
         try:
             tools = json.loads(tools) if tools.strip() else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{dataset.field_tools!r} is text, but not JSON", found=error, fix=_FIX) from None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise UserError(f"{dataset.field_tools!r} is no list of tools", found=type(tools).__name__, fix=_FIX)
@@ -173,26 +174,13 @@ def _render(
     marks: bool = False,
 ) -> tuple[str, list[tuple[int, int]]]:
     """The conversation's text, and with `marks` the template's stretches of generation."""
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    render: Any = render_jinja_template  # its annotation says that it returns one text
+    names = tokenizer.special_tokens_map
+    text, spans = templates.shared.render(messages, template, tools=tools, ask=ask, marks=marks, names=names)
     try:
-        texts, spans = render(
-            conversations=[list(messages)],
-            tools=tools,
-            chat_template=template,
-            return_assistant_tokens_mask=marks,
-            add_generation_prompt=ask,
-            **tokenizer.special_tokens_map,
-        )
-    except (TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
-        raise UserError("the chat template refuses the conversation", found=error, fix=_FIX) from None
-    try:
-        texts[0].encode()
+        text.encode()
     except UnicodeEncodeError:
         raise UserError("it holds half a character (a lone surrogate)", fix="mend the text") from None
-    return texts[0], spans[0] if marks else []
+    return text, spans
 
 
 def _marked_turns(

@@ -21,6 +21,7 @@ from typing import Any
 from zconvert.data.chat import conversation, template_of
 from zconvert.data.documents import Document
 from zconvert.data.reading import RawRow
+from zconvert.data.templates import Unending
 from zconvert.errors import UserError
 from zconvert.recipe import DatasetRecipe
 
@@ -83,7 +84,7 @@ def _tokenizer_text(tokenizer: Any) -> list[Any]:
 
 
 def tokenise(rules: Rules, rows: Sequence[RawRow]) -> list[Outcome]:
-    """What each of some rows becomes; never raises for a row's fault."""
+    """What each of some rows becomes; raises for no row's fault, but for a chat template's that does not end."""
     values: list[Any] = []
     for row in rows:
         try:
@@ -100,6 +101,8 @@ def tokenise(rules: Rules, rows: Sequence[RawRow]) -> list[Outcome]:
                 values.append([document])
             else:
                 values.append(text_of(value, rules.dataset))
+        except Unending as error:  # and so it would be with the next million rows
+            raise at_row(row, error) from None
         except UserError as error:
             values.append(at_row(row, error))
     texts = [value for value in values if isinstance(value, str)]

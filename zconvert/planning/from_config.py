@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from zconvert.checkpoint.anatomy import attention_of, experts_of, layers_of
+from zconvert.checkpoint.anatomy import attention_of, experts_of, layers_of, whole
 from zconvert.errors import UserError
 from zconvert.tidar.families import language_config
 
@@ -237,7 +237,10 @@ def _model(config: dict[str, Any], build: _Build) -> _Named:
     if build.attention == "compressed":
         yield "model.input_hidden_states_scale", (width,)
         yield "model.input_hidden_states_bias", (width,)
-    for layer in range(layers_of(config) or _size(config, "num_hidden_layers")):
+    layers = layers_of(config)
+    if layers is None:
+        raise _missing("num_hidden_layers", config.get("num_hidden_layers"))
+    for layer in range(layers):
         yield from ((f"model.layers.{layer}.{name}", shape) for name, shape in _layer(config, build, layer, width))
     yield from _norm("model.norm", width, build)
     if not config.get("tie_word_embeddings", build.tied):
@@ -256,7 +259,7 @@ def _layer(config: dict[str, Any], build: _Build, layer: int, width: int) -> _Na
         yield from (
             (f"{build.block}.{name}", shape) for name, shape in _mlp(config, build, width, _size(config, dense))
         )
-    if build.shared_beside and (shared := config.get("shared_intermediate_size")):
+    if build.shared_beside and (shared := whole(config, "shared_intermediate_size")):
         yield "shared_mlp.input_linear.weight", (2 * shared, width)
         yield "shared_mlp.output_linear.weight", (width, shared)
     for name in build.norms:
@@ -276,12 +279,12 @@ def _is_sparse(config: dict[str, Any], layer: int) -> bool:
         return layer in config["moe_layers"]
     if isinstance(config.get("mlp_only_layers"), list) and layer in config["mlp_only_layers"]:
         return False
-    if layer < (config.get("first_k_dense_replace") or config.get("num_dense_layers") or 0):
+    if layer < (whole(config, "first_k_dense_replace", "num_dense_layers") or 0):
         return False
-    if layer < (config.get("moe_layer_start_index") or 0):
+    if layer < (whole(config, "moe_layer_start_index") or 0):
         return False
-    step = config.get("decoder_sparse_step") or config.get("interleave_moe_layer_step") or 1
-    return (layer + 1) % int(step) == 0
+    step = whole(config, "decoder_sparse_step", "interleave_moe_layer_step") or 1
+    return (layer + 1) % step == 0
 
 
 def _grouped(config: dict[str, Any], build: _Build, width: int) -> _Named:
@@ -308,7 +311,7 @@ def _grouped(config: dict[str, Any], build: _Build, width: int) -> _Named:
 def _latent(config: dict[str, Any], build: _Build, width: int) -> _Named:
     heads, bias = _size(config, "num_attention_heads"), bool(config.get("attention_bias"))
     rope, nope, value = (_size(config, key) for key in ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"))
-    latent, query_latent = _size(config, "kv_lora_rank"), config.get("q_lora_rank")
+    latent, query_latent = _size(config, "kv_lora_rank"), whole(config, "q_lora_rank")
     if query_latent:
         yield from _linear("q_a_proj", width, query_latent, bias)
         yield "q_a_layernorm.weight", (query_latent,)
@@ -337,7 +340,7 @@ def _compressed(config: dict[str, Any], build: _Build, width: int) -> _Named:
     yield from _linear("qkv_proj.k_proj", width, keys, bias)
     yield from _linear("qkv_proj.v_proj_current", width, keys // 2, bias)
     yield from _linear("qkv_proj.v_proj_delayed", width, keys // 2, bias)
-    first, second = config.get("cca_time0") or 2, config.get("cca_time1") or 2
+    first, second = whole(config, "cca_time0") or 2, whole(config, "cca_time1") or 2
     yield "qkv_proj.conv_qk_depthwise.weight", (queries + keys, 1, first)
     yield "qkv_proj.conv_qk_depthwise.bias", (queries + keys,)
     yield "qkv_proj.conv_qk_grouped.weight", (queries + keys, head_dim, second)
@@ -440,8 +443,8 @@ def _wider(keys: tuple[str, ...]) -> tuple[str, ...]:
 def _size(config: dict[str, Any], *keys: str) -> int:
     for key in keys:
         value = config.get(key)
-        value = value[0] if isinstance(value, list) and value else value
-        if type(value) is int and value > 0:
+        value = whole({key: value[0] if isinstance(value, list) and value else value}, key)
+        if value:
             return value
     found = next((config[key] for key in keys if key in config), None)
     raise _missing(keys[0], found)

@@ -26,7 +26,7 @@ from zconvert.errors import UserError
 from zconvert.planning.from_config import Shapes, shapes_from_config
 from zconvert.tidar.settings import GatedParts
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.([^.]+)\.(.+)$")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d{1,9})\.([^.]+)\.(.+)$")
 _MIXERS = ("attn", "attention", "conv")
 _NOT_GATED = ("kv_b_proj", "indexer", "router")
 """as in tidar/gated.py: which children of a layer mix tokens, and which of their projections get no update"""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zconvert.checkpoint.small_files import read_small
 from zconvert.checkpoint.source import headers_of, read_config, resolve, tidar_settings
 from zconvert.checkpoint.verdict import require_convertible
 from zconvert.errors import UserError
@@ -69,7 +71,7 @@ def find_target(text: str, *, revision: str | None = None, token: str | None = N
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_small(Path(os.path.realpath(path))).decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"there is no file {path}", fix="check the path") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import itertools
 import json
 from collections.abc import Iterator
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -19,7 +19,11 @@ from zconvert.recipe.sections import Recipe, RecipeFile, Section
 from zconvert.recipe.training import MidtrainRecipe, SftRecipe, TrainingRecipe
 from zconvert.recipe.yaml_text import KeyPath, Problem, dotted, read_yaml, write_yaml
 
-_MAX_RECIPE_BYTES = 1_000_000
+_MAX_RECIPE_BYTES = 100_000
+_MOST_TOLD = 30
+"""problems of a file; each unknown key is compared with all known ones, which takes a while"""
+_MOST_SHOWN = 200
+"""characters of a name or value"""
 _RECIPES: tuple[type[Recipe], ...] = (ConvertInitRecipe, MidtrainRecipe, ExtendContextRecipe, SftRecipe)
 BY_STAGE = {kind.stage: kind for kind in _RECIPES}
 """command -> its recipe"""
@@ -102,9 +106,11 @@ def load_checked(path: Path, model_class: type[SectionT], *, kind: str, fix: str
     try:
         checked = model_class.model_validate(values)
     except ValidationError as error:
-        problems += _problems(error, model_class, lines)
+        problems += islice(_problems(error, model_class, lines), _MOST_TOLD + 1)
     if problems or checked is None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        if len(problems) > _MOST_TOLD:
+            problems, count = problems[:_MOST_TOLD], f"more than {_MOST_TOLD} problems"
         raise UserError(
             f"{path} is not a valid {kind}: {count}",
             found="\n".join(f"- {problem.sentence}" for problem in sorted(problems, key=lambda problem: problem.line)),
@@ -141,7 +147,7 @@ def load_pipeline(path: Path) -> list[tuple[Path, Recipe]]:
     for stage, name in pipeline.files().items():
         file = path.parent / name
         stages.append((file, load_recipe(file, BY_STAGE[stage])))
-    for (_, before), (file, after) in itertools.pairwise(stages):
+    for (_, before), (file, after) in pairwise(stages):
         if Path(after.base_model).expanduser() != Path(before.output_dir).expanduser():
             raise UserError(
                 f"the stages of {path} do not go together: {file.name} does not start from what {before.stage} writes",
@@ -187,15 +193,13 @@ def _read_file(path: Path) -> tuple[dict[Any, Any], dict[KeyPath, int], list[Pro
 
 
 def _problems(error: ValidationError, model: type[Section], lines: dict[KeyPath, int]) -> Iterator[Problem]:
-    """One sentence for each item that pydantic found wrong; a value with several faults is named once."""
-    seen: set[KeyPath] = set()
+    """One sentence for each item that pydantic found wrong, by line; a value with several faults is named once."""
+    found: dict[KeyPath, Any] = {}
     for item in error.errors(include_url=False):
-        path = _key_path(item["loc"], lines, missing=item["type"] == "missing")
-        if path in seen:
-            continue
-        seen.add(path)
+        found.setdefault(_key_path(item["loc"], lines, missing=item["type"] == "missing"), item)
+    for path, item in sorted(found.items(), key=lambda place: lines.get(place[0], 0)):
         line = lines.get(path, 0)
-        name = dotted(path) + (f" (line {line})" if line else "")
+        name = _short(dotted(path)) + (f" (line {line})" if line else "")
         if item["type"] == "extra_forbidden":
             yield Problem(line, f"{name} is not a known key{_suggestion(path, model, lines)}")
         elif item["type"] == "missing":
@@ -208,7 +212,11 @@ def _problems(error: ValidationError, model: type[Section], lines: dict[KeyPath,
 
 
 def _as_written(value: Any) -> str:
-    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    return json.dumps(value) if value is None or isinstance(value, bool) else _short(repr(value))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"
 
 
 def _key_path(loc: tuple[str | int, ...], lines: dict[KeyPath, int], *, missing: bool) -> KeyPath:
@@ -247,7 +255,7 @@ def _suggestion(path: KeyPath, model: type[Section], lines: dict[KeyPath, int]) 
         return " beside block_size, which says the same: keep block_size"
     section = _section(model, path[:-1])
     known = list(section.model_fields) if section else []
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name[:_MOST_SHOWN], known, n=1)
     if near:
         return f", did you mean {near[0]}?"
     places = [dotted(place) for place in _all_keys(model) if place[-1] == name]
@@ -256,7 +264,7 @@ def _suggestion(path: KeyPath, model: type[Section], lines: dict[KeyPath, int]) 
     stages = [other.stage for other in _RECIPES if any(place[-1] == name for place in _all_keys(other))]
     if stages:
         return f" here, it belongs to a {stages[0]} recipe"
-    near = difflib.get_close_matches(name, [str(place[-1]) for place in _all_keys(model)], n=1)
+    near = difflib.get_close_matches(name[:_MOST_SHOWN], [str(place[-1]) for place in _all_keys(model)], n=1)
     return f", did you mean {near[0]}?" if near else ""
 
 

@@ -21,8 +21,10 @@ class Problem(NamedTuple):
 
 
 _FLOAT_TAG = "tag:yaml.org,2002:float"
+_NUMBER_TAGS = (_FLOAT_TAG, "tag:yaml.org,2002:int")
 _FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
 _MAX_DEPTH = 20
+_MAX_NUMBER = 100
 _STARTS = (
     yaml.BlockMappingStartToken,
     yaml.BlockSequenceStartToken,
@@ -119,6 +121,8 @@ def _build(loader: _Loader, node: yaml.Node, path: KeyPath, lines: dict[KeyPath,
             lines[(*path, number)] = item.start_mark.line + 1
             items.append(_build(loader, item, (*path, number), lines, problems))
         return items
+    if node.tag in _NUMBER_TAGS and len(node.value) > _MAX_NUMBER:  # some kinds take the square of their length
+        raise ValueError(f"line {node.start_mark.line + 1}: a number of {len(node.value):,} characters")
     try:
         return loader.construct_object(node)
     except (ValueError, OverflowError) as error:  # such as the date 2024-13-45

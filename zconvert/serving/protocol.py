@@ -17,6 +17,8 @@ MAX_BODY = 16 * 2**20
 
 _MAX_CHOICES = 128
 _MAX_STOPS = 16
+_MOST_NAME = 200
+"""characters of a field's name in an answer; one of megabytes is not compared with others either"""
 # A temperature below this is greedy in all but name, and dividing by it would overflow.
 _GREEDY_BELOW = 1e-4
 
@@ -287,7 +289,7 @@ def parse(body: bytes | dict[str, Any], kind: type[AskedT]) -> AskedT:
 def _wrong(error: ValidationError, kind: type[Asked]) -> ApiError:
     """The first of pydantic's findings, in the API's words."""
     item = error.errors(include_url=False)[0]
-    param = ".".join(map(str, item["loc"]))
+    param = ".".join(map(str, item["loc"]))[:_MOST_NAME]
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(param, list(kind.model_fields), n=1) if len(item["loc"]) == 1 else []
         hint = f", did you mean {near[0]}?" if near else ""

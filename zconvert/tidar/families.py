@@ -178,7 +178,7 @@ def language_config(config: dict[str, Any]) -> dict[str, Any]:
     {'model_type': 'gemma4_text'}
     """
     inner = config.get("text_config")
-    return inner if isinstance(inner, dict) and config.get("model_type") not in FAMILIES else config
+    return inner if isinstance(inner, dict) and str(config.get("model_type")) not in FAMILIES else config
 
 
 def _judge_composite(model_type: str, text_config: dict[str, Any]) -> Verdict:

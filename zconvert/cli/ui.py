@@ -148,7 +148,6 @@ def handled(command: Command) -> Command:
             else:
                 _print_traceback()
                 print_error(_too_little_memory(said, kwargs))
-            _print_unexpected(error)
         except BaseException as error:
             if type(error).__name__ != "PanicException":  # of the tokenizers library, such as by a pattern of no end
                 raise

@@ -227,7 +227,7 @@ def _row(raw: RawRow) -> Row:
     if isinstance(raw.value, dict):
         return raw.value
     if raw.too_long is not None:
-        raise UserError(f"{raw.where} is absurdly long", found=f"{raw.too_long:,} bytes")
+        raise UserError(f"{raw.where} is absurdly long", found=f"{raw.too_long:,} bytes", fix="correct the line")
     try:
         row = json.loads(raw.value) if raw.is_json else None
     except (ValueError, RecursionError) as error:

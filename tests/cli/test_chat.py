@@ -91,13 +91,14 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(
     lines = iter(["seven men"])
     monkeypatch.setattr("builtins.input", lambda *_: next(lines, None) or _end())
     talk = chat.Chat(model.layout_model, model.tokenizer, model.plan, 200, [], None, show_plain)
+    before = signal.getsignal(signal.SIGINT)
     talk.talk()
     said = talk.messages[1]["content"]
     assert said == capsys.readouterr().out.rstrip("\n")
     assert said
     assert whole.startswith(said)
     assert len(said) < len(whole)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def _end() -> str:

@@ -212,7 +212,8 @@ class GatedWeights(nn.Module):
         super().__init__()
         self.parts = parts
         self.gate = Gate()
-        self._decoder = (decoder,)  # in a tuple, past registration
+        self._hosts: dict[str, Any] = {}  # the modules that the parts go with, which a dict keeps from registration
+        self._embedding = (embedding,)
         self.modules_by_name = nn.ModuleDict()
         width = embedding.weight.shape[1]
         for name, module, kind in list(_places(decoder, parts, width)):
@@ -230,7 +231,8 @@ class GatedWeights(nn.Module):
                 extra = DiffusionExpert(width, parts.mlp_width)
                 self._graft(module, _GatedMlp, extra)
                 module.__dict__["gated_mode"] = kind
-            self.modules_by_name[name.replace(".", "/")] = extra
+            name = name.replace(".", "/")
+            self.modules_by_name[name], self._hosts[name] = extra, module
         if parts.router and not any(isinstance(extra, Shift) for extra in self.modules_by_name.values()):
             raise ValueError("gated.router is true, and this model has no router that can be shifted: set it to false")
         for layer in layers_of(decoder):
@@ -248,9 +250,9 @@ class GatedWeights(nn.Module):
         """Brings each part to the device of the module it goes with, and all to one dtype."""
         self.to(dtype=dtype)
         for name, extra in self.modules_by_name.items():
-            extra.to(_device_of(self._decoder[0].get_submodule(name.replace("/", "."))))
+            extra.to(_device_of(self._hosts[name]))
         if self.mask_embedding is not None:
-            self.mask_embedding.data = self.mask_embedding.data.to(_device_of(self._decoder[0].get_input_embeddings()))
+            self.mask_embedding.data = self.mask_embedding.data.to(_device_of(self._embedding[0]))
 
     def with_rows(self, input_ids: Tensor) -> Tensor:
         """(R, N) ids -> the same where a virtual mask token, which has no row, is one that has: any will do."""

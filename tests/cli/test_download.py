@@ -11,7 +11,7 @@ from zconvert.cli import download
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, counts: list[tuple[int, int]], *, terminal: bool) -> str:
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=80, markup=False)  # as ui.err
     monkeypatch.setattr(download, "err", console)
     monkeypatch.setattr(download, "SECONDS_BETWEEN_LINES", 0.0)
     with download.shown("org/[red]name") as report:

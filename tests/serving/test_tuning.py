@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from tests.contracts.models import MASK
 from tests.contracts.training import trained_pair
 from zconvert.planning.acceptance import flat_curve
-from zconvert.serving import timing
+from zconvert.serving import timing, tuning
 from zconvert.serving.hindsight import Scored
 from zconvert.serving.timing import Known, Times, known_of
 from zconvert.serving.tuning import AutoPlan, choices, options, plan_of_option, slot_rates
@@ -96,6 +97,23 @@ def test_drafts_get_another_chance_where_plain_decoding_was_faster() -> None:
         drafted += [bool(engine.plan.proposals)] * (len(result.accepted) - before)
     assert drafted.count(False) > 300
     assert any(drafted[100:]), "the plan was tried again"
+
+
+def test_what_steps_take_beside_their_forwards_counts_against_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, machine = trained_pair("mixtral"), times(1.0, 1e-6)
+    drafted = {}
+    for step in (1.0, 9.0):  # seconds, by a clock of our own
+        monkeypatch.setattr(tuning.time, "perf_counter", itertools.count(0.0, step).__next__)
+        engine = Engine(pair.layout, DecodePlan.tidar(SETTINGS, Sampling(), frozenset()), max_batch=1)
+        engine.replan = AutoPlan(Known(machine), SETTINGS)
+        engine.add(Request([0, 1, 2], 300))
+        told = []
+        while not engine.idle:
+            engine.step()
+            told.append(bool(engine.plan.proposals))
+        drafted[step] = sum(told[100:]) / max(1, len(told[100:])) if len(told) > 100 else sum(told) / len(told)
+    assert drafted[1.0] == 1, "forwards take what they were timed at"
+    assert drafted[9.0] < 0.5, "drafting takes four times as long, for less than four tokens"
 
 
 def test_what_is_known_is_found_out_once_and_kept_beside_the_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-CONFIDENCE = 0.95
 RESAMPLES = 10_000
 
 Interval = tuple[float, float]

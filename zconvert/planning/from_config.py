@@ -40,7 +40,6 @@ class _Build:
     sinks: bool = False
     norms: tuple[str, ...] = _TWO
     norm_bias: bool = False
-    final_norm: bool = True
     mlp: str = "gated"
     """of dense layers: gated (three matrices), fused (two, the first twice as wide), or plain (two)"""
     mlp_names: tuple[str, str] = ("up_proj", "down_proj")

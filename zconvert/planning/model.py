@@ -95,11 +95,6 @@ class ModelFacts:
         return self.vocabulary * self.hidden
 
     @property
-    def routed_parameters(self) -> int:
-        """Of all routed experts of all layers."""
-        return self.moe_layers * self.experts * self.expert_parameters
-
-    @property
     def mlp_width(self) -> int:
         """Hidden units of MLPs and experts that a token passes through in a layer, on average."""
         # A gated MLP has three matrices of hidden × width.

@@ -8,6 +8,7 @@ and an `AutoPlan` takes the best one anew from time to time, as the text and the
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ _TRIED = 100  # a plan's forwards that weigh as much as what was foretold of it
 _SELDOM = 1024  # forwards between two plans at most
 _FIRST = 48  # forwards before texts are scored where few are known: a text costs about as much as ten forwards
 _LATER = 300  # the same where enough are known
+_SLOWLY = 0.1  # what one step's time counts for
+_MOST = 3  # a step that took this much longer was held up by something else
 _MOVED = 0.2  # a change of what forwards yield that asks for a plan at once
 # Few sets, all of them regular: among all there are, some would look best by chance alone.
 _SETS = ((1,), (1, 2), (1, 4), (1, 2, 4), (1, 3, 5), (1, 2, 4, 8), (1, 3, 5, 8), (1, 2, 3, 5, 8), (1, 2, 3, 4, 6, 8))
@@ -129,17 +132,19 @@ def _weighed(accepted: float, tokens: float, known: Known | None, plan: DecodePl
     return (seen.yielded + _TRUST * accepted) / weight, (seen.processed + _TRUST * tokens) / weight
 
 
-def choices(times: Times, worth: Sequence[Option], rows: int) -> list[Choice]:
+def choices(times: Times, worth: Sequence[Option], rows: int, beside: float = 0.0) -> list[Choice]:
     """Plans by their speed, the fastest first.
 
     Args:
         times: of forwards.
         worth: plans, see `options`.
         rows: texts in the batch.
+        beside: seconds that each forward with drafts takes besides.
     """
     found = []
     for option in worth:
         seconds = sum(times.of(rows, tokens) for tokens in option.width(rows)) / len(option.tokens)
+        seconds += 0.0 if option.mode == "ar" else beside
         found.append(Choice(option, seconds, rows * option.tokens_per_forward / seconds))
     return sorted(found, key=lambda choice: -choice.tokens_per_second)
 
@@ -168,6 +173,8 @@ class AutoPlan:
         self._worth: list[Option] = []
         self._ranked: dict[int, list[Choice]] = {}
         self._yielded: dict[object, tuple[float, float]] = {}  # plan -> tokens foretold, tokens that came
+        self._beside, self._counted = 0.0, 0.0  # seconds of a drafting step beside what was timed: now, and in `chosen`
+        self._ended: tuple[float, int, int] | None = None  # the last call: when, and with how many prefills and rows
         self._since: Option | None = None  # the plan of all forwards since the last look; None: there were several
         self._scored: dict[int, int] = {}  # id of a text at hand -> how much of it is scored
         self._look, self._due, self._wait = 0, 0, _EVERY
@@ -182,7 +189,8 @@ class AutoPlan:
         """The plans by their speed for so many texts at once, the fastest first."""
         if rows not in self._ranked:
             worth = self._worth or options(self.rates, self.known)
-            self._ranked[rows] = choices(self.known.times, [self._corrected(option) for option in worth], rows)
+            corrected = [self._corrected(option) for option in worth]
+            self._ranked[rows] = choices(self.known.times, corrected, rows, self._counted)
         return self._ranked[rows]
 
     def _corrected(self, option: Option) -> Option:
@@ -193,6 +201,20 @@ class AutoPlan:
 
     def __call__(self, engine: Engine) -> None:
         """Sets the plan, if another has become the fastest."""
+        self._time(engine)
+        self._choose(engine)
+        self._ended = time.perf_counter(), engine.counters.prefills, engine.running
+
+    def _time(self, engine: Engine) -> None:
+        """Learns what a step takes beside the forward: bookkeeping, and whatever else the machine does."""
+        if self._ended is None or self.chosen is None or self.chosen.option.mode == "ar":
+            return
+        at, *before = self._ended
+        if before == [engine.counters.prefills, engine.running]:
+            beside = time.perf_counter() - at - (self.chosen.seconds - self._counted)
+            self._beside += _SLOWLY * (min(max(beside, 0.0), _MOST * self.chosen.seconds) - self._beside)
+
+    def _choose(self, engine: Engine) -> None:
         forwards = engine.counters.forwards
         if forwards >= self._look:
             self._look = forwards + _EVERY
@@ -201,7 +223,7 @@ class AutoPlan:
             if forwards >= self._due or abs(self._yields / self._planned_for - 1) > _MOVED:
                 if forwards >= (_FIRST if len(self.known.texts) < _ENOUGH else _LATER):
                     self._score(engine)
-                self._worth, self._ranked = options(self.rates, self.known), {}
+                self._worth, self._ranked, self._counted = options(self.rates, self.known), {}, self._beside
                 self._wait = min(2 * self._wait, _SELDOM)
                 self._due, self._planned_for = forwards + self._wait, self._yields
                 if forwards and not drafted:

@@ -78,13 +78,14 @@ def test_a_run_killed_and_started_again_equals_the_uninterrupted_one(
 
 @pytest.mark.slow
 def test_a_run_killed_twenty_times_in_steps_and_saves_equals_the_uninterrupted_one(tmp_path: Path) -> None:
-    settings = make_run(tmp_path, save_dtype="float32", save_steps=1, max_steps=100)
+    settings = make_run(tmp_path, save_dtype="float32", save_steps=1, max_steps=250)
     assert os.waitpid(_forked({**settings, "output_dir": str(tmp_path / "whole")}), 0)[1] == 0
     run_dir, moments, saving = tmp_path / "run", random.Random(0), 0
     states = run_dir / "train_state"
     for kill in range(20):
         before, process = states_in(run_dir), _forked(settings)
         while states_in(run_dir) == before:
+            assert os.waitpid(process, os.WNOHANG) == (0, 0), f"it ended by itself, after {kill} kills"
             time.sleep(0.001)
         if kill % 2:
             time.sleep(moments.uniform(0, 0.2))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import zlib
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,8 @@ def _forked(settings: dict[str, Any]) -> int:
         try:
             _train(settings)
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     return process

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.data.one_pass import one_pass
 from zconvert.data.documents import Document, Documents
-from zconvert.data.packing import Batch, PackedRows, one_pass
+from zconvert.data.packing import Batch, PackedRows
 from zconvert.errors import UserError
 
 PAD = 0
@@ -129,7 +130,7 @@ def test_data_that_changed_since_is_refused_and_another_batch_size_is_not() -> N
 
 
 @pytest.mark.parametrize("sample_packing", [True, False])
-def test_one_pass_reads_everything_exactly_once(sample_packing: bool) -> None:
+def test_packing_keeps_every_token_exactly_once(sample_packing: bool) -> None:
     lengths = [3, 20, 8, 1, 5]
     batches = list(
         one_pass(documents_of(lengths), sequence_len=8, rows=2, sample_packing=sample_packing, pad_token_id=PAD)

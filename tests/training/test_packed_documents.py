@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from tests.contracts.models import shared_random_pair
+from tests.data.one_pass import one_pass
 from zconvert.data.documents import Document, Documents
-from zconvert.data.packing import Batch, PackedRows, one_pass
+from zconvert.data.packing import Batch, PackedRows
 from zconvert.tidar.layout import PADDING
 from zconvert.tidar.model import LayoutModel
 from zconvert.training.objective import packed_losses

@@ -198,45 +198,6 @@ class PackedRows:
         }
 
 
-def one_pass(
-    documents: Documents, *, sequence_len: int, rows: int, sample_packing: bool, pad_token_id: int
-) -> Iterator[Batch]:
-    """Every document once, in order, for evaluation; the last batch may have fewer rows.
-
-    Args:
-        documents: at least one document.
-        sequence_len: T, tokens per row.
-        rows: R, rows per batch.
-        sample_packing: several documents per row; else one document (or piece) per row.
-        pad_token_id: id that fills rows up.
-
-    Raises:
-        UserError: there are no documents.
-    """
-    if not len(documents):
-        raise UserError("there are no documents to pack", fix="check datasets[].path in the recipe")
-    packer = _Packer(sequence_len, OPEN_ROWS)
-
-    def finished() -> Iterator[list[Piece]]:
-        for number in range(len(documents)):
-            ids, scored = documents.tokens(number)
-            for start, length in _cuts(len(ids), sequence_len):
-                piece = Piece(ids[start : start + length], scored[start : start + length], [])
-                row = packer.add(piece) if sample_packing else [piece]
-                if row is not None:
-                    yield row
-        yield from packer.rows
-
-    batch: list[list[Piece]] = []
-    for row in finished():
-        batch.append(row)
-        if len(batch) == rows:
-            yield _make_batch(batch, sequence_len, pad_token_id)
-            batch = []
-    if batch:
-        yield _make_batch(batch, sequence_len, pad_token_id)
-
-
 def _make_batch(rows: list[list[Piece]], sequence_len: int, pad_token_id: int) -> Batch:
     """Copies the pieces of each row into the three tensors of a batch."""
     shape = (len(rows), sequence_len)

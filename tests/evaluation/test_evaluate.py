@@ -344,7 +344,7 @@ def test_results_go_where_export_looks_for_them(folder: Path, tmp_path: Path) ->
         (("--chat",), 1, "--no-chat asks it as plain text"),
         (("--max-new-tokens", "400"), 1, "does not fit the model"),
         (("--block-size", "8"), 1, "--block-size is larger than the checkpoint"),
-        (("--mode", "auto"), 2, "seeds repeat no text"),
+        (("--mode", "auto"), 2, "'auto' is not one of"),
         (("--tasks", "humaneval"), 1, "--allow-code-exec"),
         (("--tasks", "gsm9k"), 1, "did you mean gsm8k?"),
         (("--tasks", ","), 2, "at least one task"),

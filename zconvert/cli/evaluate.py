@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,14 @@ from zconvert.cli import options
 from zconvert.cli.ui import err, out, print_json, show_table
 
 FOLDER = "evaluation"
+
+
+class Mode(StrEnum):
+    """Values of --mode; not auto, which may change plans on the way, so that no seed would repeat a text."""
+
+    SINGLE = "single"
+    TWO = "two"
+
 
 AllowCodeExec = Annotated[
     bool,
@@ -109,11 +118,11 @@ def command(
         bool, typer.Option("--no-score", help="Make the samples and stop; `zconvert score` goes on from there.")
     ] = False,
     mode: Annotated[
-        options.Mode,
+        Mode,
         typer.Option(
             help="single: forwards verify and draft at once; two: they take turns.", rich_help_panel=options.DECODING
         ),
-    ] = options.Mode.SINGLE,
+    ] = Mode.SINGLE,
     proposals: options.Proposals = None,
     block_size: options.BlockSize = None,
     dtype: options.DtypeOption = options.Dtype.AUTO,
@@ -130,8 +139,6 @@ def command(
     """
     counts = options.accepted_counts(proposals, block_size)
     ks = options.numbers(k, "--k")
-    if mode is options.Mode.AUTO:
-        raise typer.BadParameter("seeds repeat no text where plans change on the way", param_hint="--mode auto")
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise typer.BadParameter("name at least one task; see `zconvert tasks list`", param_hint="--tasks")
@@ -162,7 +169,7 @@ def command(
             margin=margin / 100,
             proposals=counts,
             block_size=block_size,
-            two_forwards=mode is options.Mode.TWO,
+            two_forwards=mode is Mode.TWO,
         )
         plan.decoding(settings)
         loaded = _load(checkpoint, revision, token, str(dtype), str(device), threads)

@@ -14,7 +14,7 @@ from zconvert.recipe.loading import (
     load_checked,
     load_pipeline,
     load_recipe,
-    load_training_recipe,
+    load_stages,
 )
 from zconvert.recipe.parallel import ParallelRecipe
 from zconvert.recipe.pipeline import ExportRecipe, PipelineRecipe
@@ -40,5 +40,5 @@ __all__ = [
     "load_checked",
     "load_pipeline",
     "load_recipe",
-    "load_training_recipe",
+    "load_stages",
 ]

@@ -67,6 +67,21 @@ def test_json_is_one_document_with_text_and_tally(checkpoint: Path) -> None:
     assert told["text"] == document(checkpoint, "--prompt", PROMPT)["text"]
 
 
+@pytest.mark.slow
+def test_compiled_decoding_gives_the_same_text(checkpoint: Path) -> None:
+    expected = run(checkpoint, PROMPT, "--max-new-tokens", 12)
+    compiled = run(checkpoint, PROMPT, "--max-new-tokens", 12, "--compile", "default")
+    assert compiled.exit_code == 0, compiled.output
+    assert compiled.stdout == expected.stdout
+    assert "Dynamo" not in compiled.stderr
+
+
+def test_what_changes_as_it_goes_is_not_compiled(checkpoint: Path) -> None:
+    result = run(checkpoint, PROMPT, "--compile", "default", "--mode", "auto")
+    assert result.exit_code == 2
+    assert "bench --tune" in result.output
+
+
 def test_the_prompt_may_come_from_stdin(checkpoint: Path) -> None:
     expected = run(checkpoint, PROMPT, "--max-new-tokens", 5).stdout
     assert run(checkpoint, "--max-new-tokens", 5, stdin=PROMPT).stdout == expected

@@ -52,9 +52,9 @@ def test_forwards_over_texts_have_few_shapes(plan: str, monkeypatch: pytest.Monk
 
 
 def test_what_is_compiled_once_runs_whatever_texts_come_and_gives_the_same() -> None:
-    # What is captured, of one layer, without the minutes that making code of it takes.
+    # What is captured and assumed, of one layer, without the minutes that making code of it takes.
     pair = random_pair("zaya_sliding", num_hidden_layers=1, layer_types=["hybrid_sliding"])
-    assert_compiled_once(pair, "some proposals", backend="eager")
+    assert_compiled_once(pair, "some proposals", backend="aot_eager")
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 
 import torch
 
@@ -20,8 +19,6 @@ def compiled_engine(
     plan: DecodePlan,
     max_batch: int,
     mode: str = "default",
-    *,
-    on_progress: Callable[[int, int], None] | None = None,
 ) -> Engine:
     """An engine of fixed shapes, after forwards of all its shapes: this takes a minute or more.
 
@@ -30,7 +27,6 @@ def compiled_engine(
         plan: may not change afterwards, or is compiled for again.
         max_batch: texts decoded at a time.
         mode: of torch.compile; `reduce-overhead` adds CUDA graphs.
-        on_progress: told after each round of forwards: rounds done, rounds in all.
 
     Raises:
         UserError: the model does not compile here.
@@ -40,23 +36,22 @@ def compiled_engine(
     engine = Engine(model, plan, max_batch=max_batch, fixed_shapes=True)
     # About what transformers caches by its own versions, which stay as they are.
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
-    # One row, then several; texts of more slots, and by another number than there is room for: torch, which takes sizes
-    # that are equal or stay for granted, then knows what varies.
-    rounds = [(rows, length) for rows in sorted({1, min(2, max_batch), max_batch}) for length in (1, 3 * GROWTH // 2)]
-    for done, (rows, length) in enumerate(rounds, 1):
+    # One row, then several, and texts of more slots: torch, which takes a size for granted until it changes, then knows
+    # which ones vary.
+    rounds = [(rows, length) for rows in sorted({1, min(2, max_batch), max_batch}) for length in (1, GROWTH + 1)]
+    for rows, length in rounds:
         try:
             _decode_some(engine, rows, length)
         except torch.OutOfMemoryError:
             raise
         except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
+            cause = getattr(error, "inner_exception", error)  # what torch wraps up with advice for its developers
             raise UserError(
                 "torch cannot compile this model here",
-                found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+                found=f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}",
                 expected="on a CPU, a C++ compiler such as g++; on a GPU, triton",
                 fix="install it, or leave --compile out",
             ) from error
-        if on_progress is not None:
-            on_progress(done, len(rounds))
     engine.counters = Counters()
     return engine
 

@@ -47,14 +47,14 @@ class TidarCache(Cache):
     def fix(self, count: int, device: torch.device) -> None:
         """Makes the shapes of the coming forward, of `count` tokens, those of the forwards around it: compiled code.
 
-        It sees whole steps of GROWTH slots. All that depends on what the rows hold is done here, ahead of it.
+        It sees whole steps of GROWTH slots, and never all there are: a part is laid out otherwise than the whole. What
+        depends on the rows' own lengths is done here, ahead of it.
         """
-        end = self.get_seq_length() + count
+        self.fixed = -(-(self.get_seq_length() + count) // GROWTH) * GROWTH
         for place, held in self._slots.items():
-            if held.shape[-2] < end:
-                self._slots[place] = self._grown(held, held, end)
+            if held.shape[-2] <= self.fixed:
+                self._slots[place] = self._grown(held, held, self.fixed + 1)
         self._scratch(count, device)
-        self.fixed = -(-end // GROWTH) * GROWTH
 
     @property
     def lengths(self) -> list[int]:

@@ -57,7 +57,6 @@ class Compile(StrEnum):
 
     DEFAULT = "default"
     REDUCE_OVERHEAD = "reduce-overhead"
-    MAX_AUTOTUNE = "max-autotune"
 
 
 DECODING = "Decoding"

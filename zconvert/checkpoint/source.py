@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shlex
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 
 from zconvert.checkpoint.headers import Headers, ShardFiles, read_headers
 from zconvert.checkpoint.hub import Progress, fetch, hub_files
-from zconvert.checkpoint.small_files import read_small
+from zconvert.checkpoint.json_patch import parse_json_object, read_json_text
 from zconvert.errors import UserError
 from zconvert.formats import up_to_date
 from zconvert.tidar.families import language_config
@@ -115,24 +116,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         UserError: there is none, or it is not a JSON object.
     """
     path = folder / CONFIG_FILE
-    try:
-        config = json.loads(read_small(path).decode("utf-8"))
-    except FileNotFoundError:
-        raise _no_checkpoint(folder) from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read", found=error.strerror, fix="check its permissions") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not JSON", found=error, expected="a JSON object", fix="download or copy the file again"
-        ) from error
-    if not isinstance(config, dict):
-        raise UserError(
-            f"{path} is not a model's configuration",
-            found=f"a JSON {type(config).__name__}",
-            expected="a JSON object",
-            fix="download or copy the file again",
-        )
-    return config
+    if not os.path.lexists(path):  # a link that leads nowhere is told of as what it is, by the reading
+        raise _no_checkpoint(folder)
+    return parse_json_object(read_json_text(path), str(path))
 
 
 def tidar_settings(config: dict[str, Any]) -> TidarSettings | None:

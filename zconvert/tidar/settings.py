@@ -25,6 +25,10 @@ GATED_FILE = "tidar/gated.safetensors"
 BIGRAM_FILE = "tidar/bigram.safetensors"
 """likewise: which token follows which (bigram.py); a checkpoint may have none"""
 OWN_FILES = (GATED_FILE, BIGRAM_FILE)
+MIXERS = ("attn", "attention", "conv")
+"""what the name of a layer's child has in it that mixes tokens; gated mode updates the projections in there"""
+NOT_UPDATED = ("kv_b_proj", "indexer", "router")
+"""but for these: of the cached latent, which are not of the row's tokens, and what chooses keys or experts"""
 
 
 @dataclass(frozen=True)

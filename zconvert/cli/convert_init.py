@@ -25,13 +25,6 @@ _BESIDE_A_RECIPE = ("checkpoint", "token", "copy", "verify", "dry_run", "as_json
 """parameters that do not change what is made, only how"""
 
 
-class Mode(StrEnum):
-    """Values of --mode."""
-
-    FULL = "full"
-    GATED = "gated"
-
-
 class Verify(StrEnum):
     """Values of --verify."""
 
@@ -72,8 +65,9 @@ def command(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of --mask-init random.")] = 0,
     mode: Annotated[
-        Mode, typer.Option(help="full: training moves every weight. gated: the source stays, small weights are added.")
-    ] = Mode.FULL,
+        options.Conversion,
+        typer.Option(help="full: training moves every weight. gated: the source stays, small weights are added."),
+    ] = options.Conversion.FULL,
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy weight files that do not change, too, instead of linking them.")
     ] = False,
@@ -105,7 +99,8 @@ def command(
         from zconvert.checkpoint.plan import Choices
 
         wanted: str | int | None = int(mask_token) if mask_token is not None and mask_token.isdecimal() else mask_token
-        choices = Choices(block_size, wanted, mask_init, seed, counts, GatedParts() if mode is Mode.GATED else None)
+        gated = GatedParts() if mode is options.Conversion.GATED else None
+        choices = Choices(block_size, wanted, mask_init, seed, counts, gated)
     if output is None:
         raise typer.BadParameter("missing, say which folder to write", param_hint="--out")
     plan = _plan(checkpoint, output, choices, copy=copy, dry_run=dry_run, revision=revision, token=token)

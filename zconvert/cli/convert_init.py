@@ -13,7 +13,7 @@ from rich.text import Text
 from zconvert.checkpoint.source import resolve
 from zconvert.cli import options
 from zconvert.cli.ui import err, out, print_json, show_facts, show_table, size
-from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, MAX_BLOCK_SIZE, GatedParts
+from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, DEFAULT_MASK_INIT, MAX_BLOCK_SIZE, GatedParts
 
 if TYPE_CHECKING:
     from zconvert.checkpoint.graft import Report
@@ -58,7 +58,7 @@ def command(
     ] = None,
     mask_init: Annotated[
         str, typer.Option(help="Start value of its embedding row: mean, zero, random or copy:<token>.")
-    ] = "mean",
+    ] = DEFAULT_MASK_INIT,
     proposals: Annotated[
         str | None,
         typer.Option(metavar="1,3,5", help="Accepted counts that get a block of drafts in decoding. Default: all."),

@@ -8,6 +8,7 @@ from typing import Any
 FORMAT_VERSION = 1
 DEFAULT_BLOCK_SIZE = 16
 MAX_BLOCK_SIZE = 1024
+DEFAULT_MASK_INIT = "mean"
 _KINDS: dict[str, type] = {
     "block_size": int,
     "mask_token_id": int,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 FORMAT_VERSION = 1
 DEFAULT_BLOCK_SIZE = 16
@@ -38,7 +38,7 @@ class GatedParts:
 
     rank: int = 32
     """of the low-rank updates of attention projections; 0: none"""
-    mlp: str = "replace"
+    mlp: Literal["none", "add", "replace"] = "replace"
     """what the diffusion expert does at a mixture-of-experts block: replace the routed experts, add to them, or none.
     At a dense MLP it is always added"""
     mlp_width: int = 384

@@ -88,7 +88,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(
     monkeypatch.setattr(Engine, "step", interrupted)
     lines = iter(["seven men"])
     monkeypatch.setattr("builtins.input", lambda *_: next(lines, None) or _end())
-    talk = chat.Chat(model.layout_model, model.tokenizer, model.plan, 200, [], None, show_plain)
+    talk = chat.Chat(Engine(model.layout_model, model.plan, max_batch=1), model.tokenizer, 200, [], None, show_plain)
     before = signal.getsignal(signal.SIGINT)
     talk.talk()
     said = talk.messages[1]["content"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shlex
 from collections.abc import Callable
@@ -116,9 +115,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         UserError: there is none, or it is not a JSON object.
     """
     path = folder / CONFIG_FILE
-    if not os.path.lexists(path):  # a link that leads nowhere is told of as what it is, by the reading
-        raise _no_checkpoint(folder)
-    return parse_json_object(read_json_text(path), str(path))
+    try:
+        return parse_json_object(read_json_text(path), str(path))
+    except UserError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise _no_checkpoint(folder) from None
+        raise
 
 
 def tidar_settings(config: dict[str, Any]) -> TidarSettings | None:

@@ -52,6 +52,13 @@ class Mode(StrEnum):
     AUTO = "auto"
 
 
+class Conversion(StrEnum):
+    """Values of --mode where a checkpoint is converted, or trained."""
+
+    FULL = "full"
+    GATED = "gated"
+
+
 class Compile(StrEnum):
     """Values of --compile, modes of torch.compile."""
 

@@ -178,9 +178,9 @@ def decode_layout(
     rows = [committed] if isinstance(committed, int) else list(committed)
     shared = not proposals or isinstance(proposals[0], int)
     if shared:
-        table = _step_table(num_causal, proposals, block_size).unsqueeze(1)  # type: ignore[arg-type]  # one tuple
+        table = _step_table(num_causal, proposals, block_size).unsqueeze(1)
     else:
-        table = torch.stack([_step_table(num_causal, own, block_size) for own in proposals], dim=1)  # type: ignore[arg-type]
+        table = torch.stack([_step_table(num_causal, own, block_size) for own in proposals], dim=1)
     # (2, R, N): positions count from each row's border, everything else is the same wherever a row stands.
     moved = table[:2] + torch.tensor(rows)[:, None]
     fixed = table[2:].expand(-1, len(rows), -1)

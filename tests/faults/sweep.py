@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +34,11 @@ class Tally:
     """of input, of earlier results, and of finished ones that are not what they would be"""
     problems: list[str] = field(default_factory=list)
     """what did not survive, in words"""
+
+    @property
+    def failed(self) -> int:
+        """Faults that did not end as they should."""
+        return len({problem.split(": ")[0] for problem in self.problems})
 
     def add(self, other: Tally) -> None:
         """Sums up."""
@@ -65,7 +70,7 @@ class Sweep:
 
     def fail(self, fault: int | signal.Signals, at: int) -> Tally:
         """Fails the command at one operation, looks what is there, and runs it again."""
-        where = f"{self.name}, {_named(fault)} at {at}, about {self.operations[at : at + 1]}"
+        where = f"{self.name}, {named(fault)} at {at}, about {self.operations[at : at + 1]}"
         self._start()
         before = contents(self.work)
         failed = self._run(inject.Injector(self.work, at, fault))
@@ -187,7 +192,8 @@ def remount(disk: Path, option: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{option}", str(disk)], check=True)
 
 
-def _named(fault: int | signal.Signals) -> str:
+def named(fault: int | signal.Signals) -> str:
+    """A fault's name, as the system has it."""
     return fault.name if isinstance(fault, signal.Signals) else errno.errorcode[fault]
 
 
@@ -202,29 +208,35 @@ def sample(count: int, most: int | None, seed: str) -> Sequence[int]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Sweeps, and prints a table in Markdown."""
+    """Sweeps, and prints a table in Markdown: of each fault, how many were survived of those injected."""
     most = next((int(word) for word in arguments if word.isdecimal()), None)
-    names = [word for word in arguments if not word.isdecimal()]
-    print("| command | operations | faults injected | survived | bytes lost |\n|---|---|---|---|---|")
-    total, operations = Tally(), 0
+    names = [word for word in arguments if not word.isdecimal()] or list(COMMANDS)
+    faults = (*ERRORS, *SIGNALS)
+    print(f"| command | operations | {' | '.join(map(named, faults))} | all | bytes lost |")
+    print(f"|---|---|{'---|' * (len(faults) + 2)}")
+    totals, operations = {fault: Tally() for fault in faults}, 0
     with tempfile.TemporaryDirectory(prefix="zconvert-faults-") as folder:
         base = make_base(Path(folder) / "base")
-        for name in names or COMMANDS:
-            sweep, tally = Sweep(name, base, Path(folder) / "work"), Tally()
-            for fault in (*ERRORS, *SIGNALS):
-                for at in sample(len(sweep.operations), most, f"{name}, {_named(fault)}"):
+        for name in names:
+            sweep, tallies = Sweep(name, base, Path(folder) / "work"), {fault: Tally() for fault in faults}
+            for fault, tally in tallies.items():
+                for at in sample(len(sweep.operations), most, f"{name}, {named(fault)}"):
                     tally.add(sweep.fail(fault, at))
-            print(_row(f"`{name}`", len(sweep.operations), tally), flush=True)
-            total.add(tally)
+                totals[fault].add(tally)
             operations += len(sweep.operations)
-    print(_row("all", operations, total))
-    print("\n".join(total.problems), file=sys.stderr)
-    return int(bool(total.problems))
+            print(_row(f"`{name}`", len(sweep.operations), tallies.values()), flush=True)
+    print(_row("all", operations, totals.values()))
+    problems = [problem for tally in totals.values() for problem in tally.problems]
+    print("\n".join(problems), file=sys.stderr)
+    return int(bool(problems))
 
 
-def _row(name: str, operations: int, tally: Tally) -> str:
-    failed = len({problem.split(": ")[0] for problem in tally.problems})
-    return f"| {name} | {operations} | {tally.injected} | {tally.injected - failed} | {tally.bytes_lost} |"
+def _row(name: str, operations: int, tallies: Iterable[Tally]) -> str:
+    parts, total = list(tallies), Tally()
+    for part in parts:
+        total.add(part)
+    cells = [f"{part.injected - part.failed}/{part.injected}" for part in (*parts, total)]
+    return f"| {name} | {operations} | {' | '.join(cells)} | {total.bytes_lost} |"
 
 
 if __name__ == "__main__":

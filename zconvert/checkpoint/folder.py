@@ -29,7 +29,16 @@ _FIXES = {
 }
 BASE_CARD = "BASE_MODEL_CARD.md"
 """under this name the base's README.md travels: its licence and lineage, beside a card that tells of the conversion"""
-_STAY = {"README.md", "zconvert_config.yaml", "provenance.json", "trainer_state.json", "model.safetensors.index.json"}
+TUNING_FILE, EVALUATION_FOLDER = "tuning.json", "evaluation"
+"""what decoding and evaluating leave in a checkpoint's folder, and no part of it"""
+_STAY = {
+    TUNING_FILE,
+    "README.md",
+    "zconvert_config.yaml",
+    "provenance.json",
+    "trainer_state.json",
+    "model.safetensors.index.json",
+}
 _STAY_SUFFIXES = {
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".tflite"),
     *(".tmp", ".lock", ".incomplete"),

@@ -235,7 +235,7 @@ def _push(checkpoint: str, target: Target, dry_run: bool, as_json: bool, choices
         err.print(Text(f"Uploading {step.name} ({number} of {count}, {size(step.bytes)})"), soft_wrap=True)
 
     # Only read, and gone again: so weights that do not change are links.
-    with tempfile.TemporaryDirectory(prefix="zconvert-export-") as work:
+    with tempfile.TemporaryDirectory(prefix="zconvert-export-", ignore_cleanup_errors=True) as work:
         folder = Path(work) / target.repo.rsplit("/", 1)[-1]
         verify = choices.pop("verify") and not dry_run
         report = export_shown(checkpoint, folder, token=target.token, as_links=True, verify=verify, **choices)

@@ -55,17 +55,19 @@ def read_lines(path: Path) -> list[Sample]:
         UserError: a line is no row.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()  # whose end may be half a character
     except FileNotFoundError:
         return []
     rows: list[Sample] = []
-    for number, line in enumerate(text.split("\n")[:-1], 1):
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
         try:
             row = json.loads(line)
             key_of(row)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"line {number} of {path} is no sample", found=line[:80], fix="remove the line, and run it again"
+                f"line {number} of {path} is no sample",
+                found=line[:80].decode(errors="replace"),
+                fix="remove the line, and run it again",
             ) from error
         rows.append(row)
     return rows

@@ -1,10 +1,13 @@
 """Fails each command at each of its operations on files, and counts what survives.
 
 python -m tests.faults.sweep [COUNT] [COMMAND …]     at COUNT places for each fault, or at all; prints a table
+
+Ctrl-C ends it with the table of what was done: the commands take turns.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import random
 import shutil
@@ -12,7 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -202,9 +205,9 @@ def _prepare() -> None:
     zconvert.checkpoint.export.verify_export = lambda *_, **__: {"skipped": "in a sweep"}  # type: ignore[attr-defined]
 
 
-def sample(count: int, most: int | None, seed: str) -> Sequence[int]:
-    """Numbers below `count`: all, or so many drawn by the seed."""
-    return range(count) if most is None or count <= most else sorted(random.Random(seed).sample(range(count), most))
+def sample(count: int, most: int | None, seed: str) -> list[int]:
+    """Numbers below `count`, each once and in an order that the seed fixes: all, or the first so many of them."""
+    return random.Random(seed).sample(range(count), count)[:most]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -212,23 +215,33 @@ def main(arguments: Sequence[str]) -> int:
     most = next((int(word) for word in arguments if word.isdecimal()), None)
     names = [word for word in arguments if not word.isdecimal()] or list(COMMANDS)
     faults = (*ERRORS, *SIGNALS)
-    print(f"| command | operations | {' | '.join(map(named, faults))} | all | bytes lost |")
-    print(f"|---|---|{'---|' * (len(faults) + 2)}")
-    totals, operations = {fault: Tally() for fault in faults}, 0
+    tallies = {name: {fault: Tally() for fault in faults} for name in names}
     with tempfile.TemporaryDirectory(prefix="zconvert-faults-") as folder:
         base = make_base(Path(folder) / "base")
-        for name in names:
-            sweep, tallies = Sweep(name, base, Path(folder) / "work"), {fault: Tally() for fault in faults}
-            for fault, tally in tallies.items():
-                for at in sample(len(sweep.operations), most, f"{name}, {named(fault)}"):
-                    tally.add(sweep.fail(fault, at))
-                totals[fault].add(tally)
-            operations += len(sweep.operations)
-            print(_row(f"`{name}`", len(sweep.operations), tallies.values()), flush=True)
-    print(_row("all", operations, totals.values()))
-    problems = [problem for tally in totals.values() for problem in tally.problems]
+        sweeps = {name: Sweep(name, base, Path(folder) / "work") for name in names}
+        with contextlib.suppress(KeyboardInterrupt):
+            for name, fault, at in _in_turns({name: len(sweeps[name].operations) for name in names}, faults, most):
+                tallies[name][fault].add(sweeps[name].fail(fault, at))
+    print(f"| command | operations | {' | '.join(map(named, faults))} | all | bytes lost |")
+    print(f"|---|---|{'---|' * (len(faults) + 2)}")
+    for name in names:
+        print(_row(f"`{name}`", len(sweeps[name].operations), tallies[name].values()))
+    problems = [problem for each in tallies.values() for tally in each.values() for problem in tally.problems]
     print("\n".join(problems), file=sys.stderr)
     return int(bool(problems))
+
+
+def _in_turns(
+    counts: Mapping[str, int], faults: Sequence[int | signal.Signals], most: int | None
+) -> Iterator[tuple[str, int | signal.Signals, int]]:
+    """Every command and fault at one place, then all at their next: whenever it ends, all have had their share."""
+    places = {
+        (name, fault): sample(count, most, f"{name}, {named(fault)}")
+        for name, count in counts.items()
+        for fault in faults
+    }
+    for turn in range(max(map(len, places.values()))):
+        yield from ((*key, numbers[turn]) for key, numbers in places.items() if turn < len(numbers))
 
 
 def _row(name: str, operations: int, tallies: Iterable[Tally]) -> str:

@@ -47,16 +47,18 @@ def forget(hub: LoopbackHub) -> None:
     hub.pushes.root.mkdir()
 
 
-@pytest.mark.parametrize("places", [2, pytest.param(12, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("fault", ERRORS)
+@pytest.mark.parametrize(
+    ("places", "faults"), [(2, (errno.ENOSPC,)), pytest.param(12, ERRORS, marks=pytest.mark.slow)], ids=["two", "many"]
+)
 def test_a_push_that_cannot_write_here_leaves_nothing_half_there(
-    places: int, fault: int, hub: LoopbackHub, base: Base, tmp_path: Path
+    places: int, faults: tuple[int, ...], hub: LoopbackHub, base: Base, tmp_path: Path
 ) -> None:
     work = tmp_path / "work"
     counting = push(base, work, inject.Injector(work))
     assert counting.code == 0, counting.stderr
     complete = pushed(hub)
-    for at in sample(len(counting.operations), places, f"push, {named(fault)}"):
+    count = len(counting.operations)
+    for fault, at in ((each, at) for each in faults for at in (0, *sample(count, places - 1, f"push, {each}"))):
         where = f"{named(fault)} at {at}, about {counting.operations[at]}"
         forget(hub)
         failed = push(base, work, inject.Injector(work, at, fault))

@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Literal
@@ -101,6 +102,22 @@ def new_folder(out: Path) -> Iterator[Path]:
         if refusal is not None:
             raise refusal from error
         raise
+
+
+@contextlib.contextmanager
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """Makes a folder where the system has such things, and removes it after the block.
+
+    Raises:
+        UserError: none can be made.
+    """
+    try:
+        made = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
+    except OSError as error:
+        fix = "free some space there, or set TMPDIR to a folder on another disk"
+        raise UserError("no temporary folder can be made", found=error, fix=fix) from error
+    with made as folder:
+        yield Path(folder)
 
 
 @contextlib.contextmanager

@@ -301,15 +301,16 @@ _worker_rules: list[Rules] = []
 
 
 def _begin(rules: list[Rules]) -> None:
-    """In a worker: Ctrl-C reaches it too, but ending it is its parent's business, unless that was killed."""
+    """In a worker: Ctrl-C reaches it too, but ending it is its parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker_rules[:] = rules
 
 
 def _end_with_parent() -> None:
+    """A parent that is killed tells nobody, and its workers would wait for rows for ever."""
     parent = multiprocessing.parent_process()
-    assert parent is not None
+    assert parent is not None, "a worker was started by another process"
     parent.join()
     os._exit(1)
 

@@ -160,9 +160,9 @@ def _finish(partial: Path, final: Path, manifest: dict[str, tuple[int, int]], ke
         json.dump(manifest, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+    flush(partial)
     if final.exists():  # the same step, damaged, or saved by a run that this one resumed behind: the same state
         final.rename(final.with_name(f".{final.name}.old"))
-    flush(partial)
     partial.rename(final)
     flush(final.parent)  # before what it replaces goes
     # Later ones are damaged, or of a run that this one resumed behind: none of them counts in this one's place.

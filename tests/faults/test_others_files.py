@@ -14,7 +14,7 @@ from tests.checkpoint.disk import small_disk
 from tests.faults.commands import Base
 from zconvert.checkpoint.folder import EVALUATION_FOLDER, TUNING_FILE, companions, write_file
 from zconvert.errors import UserError
-from zconvert.evaluation.samples import open_to_append, read_lines
+from zconvert.evaluation.samples import append, open_to_append, read_lines
 from zconvert.serving.batch import Row, rows_done
 from zconvert.serving.timing import Known, Times
 from zconvert.training.parallel import Parallel
@@ -54,6 +54,25 @@ def test_samples_go_on_wherever_their_last_line_was_cut_also_within_a_character(
         assert path.read_bytes() == one
     path.write_bytes(one + two)
     assert read_lines(path) == samples
+
+
+def test_samples_on_a_full_disk_end_with_one_clear_error_and_go_on_afterwards(tmp_path: Path) -> None:
+    sample = {"task_id": "a", "sample": 0, "completion": "x" * 900}
+    with small_disk(tmp_path / "disk", "8k") as disk:
+        path = disk / "samples.jsonl"
+
+        def fill() -> None:
+            with open_to_append(path) as file:
+                for _ in range(9):
+                    append(file, sample)
+
+        with pytest.raises(UserError, match=f"{path} cannot be written: the disk is full"):
+            fill()
+        there = read_lines(path)
+        assert there == [sample] * len(there)
+        subprocess.run(["mount", "-o", "remount,size=16k", str(disk)], check=True)
+        fill()
+        assert read_lines(path) == [sample] * (len(there) + 9)
 
 
 def test_a_checkpoint_on_a_read_only_disk_keeps_no_times_and_hinders_nothing(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Literal
 
@@ -189,6 +190,22 @@ def write_file(path: Path, content: str | bytes) -> None:
             with contextlib.suppress(OSError):
                 partial.unlink()
             raise
+
+
+def add_line(file: FileIO, line: str) -> None:
+    """Adds a line to a file that grows; it is there when this returns.
+
+    Args:
+        file: opened for appending without a buffer, which would fail once more when it is closed.
+        line: without its end.
+
+    Raises:
+        UserError: it cannot be written; a part of the line may be there.
+    """
+    rest = f"{line}\n".encode()
+    with writing(Path(file.name)):
+        while rest:  # the kernel may write a part of it, and say why only when asked for the rest
+            rest = rest[file.write(rest) :]
 
 
 def place(src: Path, dst: Path) -> Placed:

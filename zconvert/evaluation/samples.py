@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from zconvert.checkpoint.folder import write_file, writing
+from zconvert.checkpoint.folder import add_line, write_file, writing
 from zconvert.errors import UserError
 from zconvert.formats import EVALUATION, up_to_date
 
@@ -73,7 +74,7 @@ def read_lines(path: Path) -> list[Sample]:
     return rows
 
 
-def open_to_append(path: Path) -> IO[str]:
+def open_to_append(path: Path) -> FileIO:
     """Opens a file of samples to go on with; a last line that was cut short by an interrupt is removed."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,14 +84,12 @@ def open_to_append(path: Path) -> IO[str]:
             end -= 1
         file.truncate(end)
         file.close()
-        return path.open("a", encoding="utf-8")
+        return path.open("ab", buffering=0)
 
 
-def append(file: IO[str], sample: Sample) -> None:
+def append(file: FileIO, sample: Sample) -> None:
     """Adds a sample; it is in the file when this returns."""
-    with writing(Path(file.name)):
-        file.write(json.dumps(sample, ensure_ascii=False) + "\n")
-        file.flush()
+    add_line(file, json.dumps(sample, ensure_ascii=False))
 
 
 def write_whole(path: Path, rows: Iterable[dict[str, Any]]) -> None:

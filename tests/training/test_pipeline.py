@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
+from tests.commands import run_command
 from tests.training.runs import make_run
-from zconvert.cli.main import app
 from zconvert.errors import UserError
 from zconvert.recipe import load_pipeline
 from zconvert.training.pipeline import digest, fingerprint
@@ -39,7 +38,7 @@ def pipeline(tmp_path: Path) -> Path:
 
 
 def run(pipeline: Path, *options: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["run", str(pipeline), *options])
+    result = run_command("run", pipeline, *options)
     return result.exit_code, " ".join(result.output.split())
 
 
@@ -97,7 +96,7 @@ def test_a_dry_run_tells_and_writes_nothing(pipeline: Path) -> None:
 
 def test_an_output_of_unknown_origin_is_taken_only_when_asked_for(pipeline: Path) -> None:
     convert = str(pipeline.parent / "convert-init.yaml")
-    assert CliRunner().invoke(app, ["convert-init", convert]).exit_code == 0
+    assert run_command("convert-init", convert).exit_code == 0
     code, text = run(pipeline)
     assert code == 1
     assert "it is not known what" in text
@@ -126,9 +125,9 @@ def test_a_source_that_is_not_there_is_told_with_the_stage_that_wants_it(pipelin
 
 def test_what_comes_after_convert_init_is_the_recipe_beside_its_own(pipeline: Path) -> None:
     convert, trained = pipeline.parent / "convert-init.yaml", pipeline.parent / "midtrain.yaml"
-    said = CliRunner().invoke(app, ["convert-init", str(convert), "--verify", "none"]).stdout
+    said = run_command("convert-init", convert, "--verify", "none").stdout
     assert said.splitlines()[-1] == f"Next: zconvert midtrain {trained}"
-    done = CliRunner().invoke(app, shlex.split(said.splitlines()[-1])[2:])
+    done = run_command(*shlex.split(said.splitlines()[-1])[2:])
     assert done.exit_code == 0, done.output
     assert done.stderr.splitlines()[-1] == f"Next: zconvert bench {pipeline.parent / 'run'}"
 

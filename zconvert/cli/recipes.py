@@ -67,7 +67,7 @@ def copy_recipes(
             text = path.read_text(encoding="utf-8")  # recipes name each other, and a chat template beside them
             (made / path.name).write_text(text.replace(f"recipes/{name}/", f"{output.as_posix()}/"), encoding="utf-8")
     ui.out.print(Text(str(output)), soft_wrap=True)
-    ui.err.print("Next: edit them, as their comments say (zconvert plan PIPELINE tells what it takes), then")
+    ui.err.print("Next: edit them, as their comments say; then (zconvert plan takes these, too)")
     for path in sorted(output.glob("pipeline*.yaml"), key=lambda path: path.stem):
         ui.err.print(Text(f"  zconvert run {shlex.quote(str(path))}"), soft_wrap=True)
 

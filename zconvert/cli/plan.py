@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from zconvert.checkpoint.folder import write_file
+from zconvert.checkpoint.folder import own_file, write_file
 from zconvert.checkpoint.json_patch import read_named_json
 from zconvert.cli import options
 from zconvert.cli.ui import err, out, print_json, show_table
@@ -196,7 +196,8 @@ def command(
         document["explain"] = [explain(facts, device, curve, cell) for cell in chosen]
     if heatmap is not None:
         title = f"{facts.name} on {device.gpus} × {machine.name}"
-        write_file(heatmap, heat_map(cells, title, [*document["summary"], f"Acceptance: {curve.source}."]))
+        with own_file(heatmap):
+            write_file(heatmap, heat_map(cells, title, [*document["summary"], f"Acceptance: {curve.source}."]))
     if as_json:
         print_json(document)
     else:

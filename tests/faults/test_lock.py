@@ -24,6 +24,8 @@ PLACES = {
     "evaluate": "told",
     "score": "told",
     "report": "page",
+    "bench --plot": "speed.png",
+    "plan --heatmap": "map.html",
     "generate --out": "texts.jsonl",
     "recipes copy": "mine",
     "run": "init.inputs.json",

@@ -13,11 +13,10 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from zconvert.checkpoint.folder import EVALUATION_FOLDER
 from zconvert.checkpoint.source import RUN_CHECKPOINT, Source, require_converted, resolve
 from zconvert.cli import options
 from zconvert.cli.ui import err, out, print_json, show_table
-
-FOLDER = "evaluation"
 
 AllowCodeExec = Annotated[
     bool,
@@ -268,8 +267,8 @@ def _load(name: str, revision: str | None, token: str | None, dtype: str, device
 def _default_folder(source: Source) -> Path:
     """Where `zconvert export` looks for results: in the run's folder, or the checkpoint's."""
     if source.revision is not None:
-        return Path(FOLDER)
-    return (source.folder.parent if source.folder.name == RUN_CHECKPOINT else source.folder) / FOLDER
+        return Path(EVALUATION_FOLDER)
+    return (source.folder.parent if source.folder.name == RUN_CHECKPOINT else source.folder) / EVALUATION_FOLDER
 
 
 @contextmanager

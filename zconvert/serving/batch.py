@@ -19,6 +19,8 @@ from zconvert.tidar.decoding import Request
 from zconvert.tidar.engine import Engine, run
 
 _EXPECTED = 'one JSON object a line: {"prompt": …} or {"messages": […]}, with "id", "seed", "max_new_tokens" if wanted'
+_BEGINNING = b'{"index": '
+"""of every line that `write_texts` writes"""
 
 
 class Row(BaseModel):
@@ -104,6 +106,8 @@ def rows_done(out: Path, rows: Sequence[Row]) -> set[int]:
         whole = 0
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
+                if not _BEGINNING.startswith(line[: len(_BEGINNING)]):
+                    _index_of(line, rows, f"{out}, line {number}")  # refuses it: it is somebody else's, and stays
                 break
             whole += len(line)
             done.add(_index_of(line, rows, f"{out}, line {number}"))

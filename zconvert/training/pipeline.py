@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import zconvert
-from zconvert.checkpoint.folder import own_file, write_file
+from zconvert.checkpoint.folder import EVALUATION_FOLDER, TUNING_FILE, own_file, write_file
 from zconvert.checkpoint.source import RUN_CHECKPOINT, resolve
 from zconvert.errors import UserError
 from zconvert.recipe import Recipe
@@ -128,6 +128,8 @@ def fingerprint(base: str, revision: str | None = None) -> str:
         return f"{source.name}@{source.revision}"
     found = hashlib.sha256()
     for path in _files(source.folder):
+        if path.relative_to(source.folder).parts[0] in (TUNING_FILE, EVALUATION_FOLDER):
+            continue  # they come when others use the checkpoint
         found.update(f"{path.relative_to(source.folder)}\0{digest(path)}\n".encode())
     return found.hexdigest()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from zconvert.errors import UserError
 from zconvert.recipe import MidtrainRecipe
 from zconvert.training import stages
 from zconvert.training.loop import Progress
+from zconvert.training.metrics import METRICS_FILE, metrics_file
 from zconvert.training.parallel import Parallel
 from zconvert.training.state import load_latest, load_state, save_state, states_in
 
@@ -86,7 +88,7 @@ def test_a_run_killed_twenty_times_at_its_start_in_steps_and_in_saves_equals_the
     met = json.loads(killing.stdout)
     assert min(met[moment] for moment in MOMENTS) >= 3, met
     run_dir, whole = tmp_path / "run", tmp_path / "whole"
-    assert not [path for path in run_dir.rglob(".*")], "what a kill left is cleaned up"
+    assert not list(run_dir.rglob(".*")), "what a kill left is cleaned up"
     assert metrics_of(run_dir) == metrics_of(whole)
     assert _same(_weights(run_dir / "checkpoint"), _weights(whole / "checkpoint"))
 
@@ -190,6 +192,22 @@ def test_a_full_disk_stops_the_run_with_one_error_and_it_goes_on_once_there_is_s
         _train(settings)
         assert metrics_of(run_dir) == metrics_of(reference)
         assert (run_dir / "checkpoint" / "model.safetensors").exists()
+
+
+def test_a_row_of_metrics_of_which_the_disk_takes_a_part_is_an_error(tmp_path: Path) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with metrics_file(tmp_path, 0) as add:
+        add({"step": 1})
+        size = (tmp_path / METRICS_FILE).stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, limit[1]))
+        try:
+            with pytest.raises(UserError, match="cannot be written"):
+                add({"step": 2})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with metrics_file(tmp_path, 1) as add:
+        add({"step": 2})
+    assert metrics_of(tmp_path) == [{"step": 1}, {"step": 2}]
 
 
 @pytest.mark.parametrize("free", ["0k", "12k"])

@@ -87,12 +87,7 @@ def command(
             rich_help_panel=options.SAMPLING,
         ),
     ] = None,
-    top_p: Annotated[
-        float,
-        typer.Option(
-            help="Sample among the likeliest tokens of this total probability.", rich_help_panel=options.SAMPLING
-        ),
-    ] = 1.0,
+    top_p: options.TopP = 1.0,
     limit: Annotated[int | None, typer.Option(min=1, help="Take only the first N problems of each task.")] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of an answer at most. Default: each task's.")

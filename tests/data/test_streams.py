@@ -231,7 +231,7 @@ def test_a_hub_dataset_that_cannot_be_had_is_a_clear_error(tokenizer: Any, tmp_p
     recipe = MidtrainRecipe(
         base_model="x", output_dir=str(tmp_path / "run"), max_steps=1, datasets=[DatasetRecipe(path="org/name")]
     )
-    with pytest.raises(UserError, match="dataset org/name cannot be had"):
+    with pytest.raises(UserError, match="dataset org/name: no file or folder here has that name"):
         load_stream(recipe, tokenizer)
 
 

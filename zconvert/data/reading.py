@@ -214,7 +214,7 @@ def _hub_reader(dataset: DatasetRecipe, name: str) -> Reader:
             return _load(name, dataset.name, split=dataset.split, revision=revision, streaming=dataset.streaming)
         except Exception as error:
             raise UserError(
-                f"dataset {name} cannot be had",
+                f"dataset {name}: no file or folder here has that name, and it could not be fetched from the Hub",
                 found=_first_line(error),
                 expected=_EXPECTED,
                 fix="check path, name, split and revision of the entry, and your connection",

@@ -76,6 +76,26 @@ def test_a_place_is_held_by_one_process_and_given_back_when_it_dies(folder: bool
         assert not left.exists()
 
 
+def test_a_lock_whose_file_another_took_away_meanwhile_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    stock, taken = fcntl.flock, []
+
+    def take(handle: int, how: int) -> None:
+        stock(handle, how)
+        if not taken:  # who held it before gives it back just now
+            os.unlink(tmp_path / ".out.lock")
+        taken.append(handle)
+
+    monkeypatch.setattr("fcntl.flock", take)
+    with held(tmp_path / "out") as alone:
+        assert alone
+        assert len(taken) == 2
+        assert (tmp_path / ".out.lock").exists()
+
+
 def test_the_lock_is_not_in_what_is_made(tmp_path: Path) -> None:
     with new_folder(tmp_path / "out") as folder:
         (folder / "a").write_text("a")

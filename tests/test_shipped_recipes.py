@@ -112,6 +112,25 @@ def test_copied_recipes_name_what_was_copied_along_with_them(tmp_path: Path) -> 
     assert not [path.name for path in mine.iterdir() if "recipes/" in path.read_text()]
 
 
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_copy_says_what_its_pipelines_read_that_is_not_there_yet(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # as who has only the wheel
+    said = CliRunner().invoke(app, ["recipes", "copy", name, "mine"]).stderr
+    for pipeline in Path("mine").glob("pipeline*.yaml"):
+        assert f"zconvert run {pipeline}" in said
+        (_, first), *others = load_pipeline(pipeline)
+        needed = [dataset.path for _, recipe in others for dataset in recipe.datasets]  # type: ignore[attr-defined]
+        needed += [first.base_model] * first.base_model.startswith("examples/")
+        for path in needed:
+            assert f"{path} is not there yet" in said
+            Path(path).mkdir(parents=True, exist_ok=True)
+    said = CliRunner().invoke(app, ["recipes", "copy", name, "again"]).stderr
+    assert "zconvert run again/pipeline.yaml" in said
+    assert "not there yet" not in said
+
+
 def test_a_name_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["recipes", "copy", "zaya", str(tmp_path / "x")])
     assert result.exit_code == 1

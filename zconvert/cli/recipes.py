@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -66,12 +67,31 @@ def copy_recipes(
             text = path.read_text(encoding="utf-8")  # recipes name each other, and a chat template beside them
             (made / path.name).write_text(text.replace(f"recipes/{name}/", f"{output.as_posix()}/"), encoding="utf-8")
     ui.out.print(Text(str(output)), soft_wrap=True)
-    ui.err.print(Text(f"Next: edit them, then zconvert run {output / 'pipeline.yaml'}"), soft_wrap=True)
+    for line in _next_steps(output):
+        ui.err.print(Text(line), soft_wrap=True)
 
 
 def folders() -> list[Path]:
     """The folders of recipes, by name."""
     return sorted(path.parent for path in FOLDER.glob("*/pipeline.yaml"))
+
+
+def _next_steps(folder: Path) -> Iterator[str]:
+    """How to run copied recipes, and under each pipeline what it reads that is not there yet."""
+    from zconvert.checkpoint.source import HUB_ID
+    from zconvert.recipe import load_pipeline
+
+    for number, pipeline in enumerate(sorted(folder.glob("pipeline*.yaml"), reverse=True)):
+        yield f"{'or' if number else 'Next: edit them, then'} zconvert run {pipeline}"
+        stages = load_pipeline(pipeline)
+        first, start = stages[0]  # the others start from what the one before writes
+        named = [("base_model", first.name, start.base_model)]
+        for path, recipe in stages:
+            datasets = getattr(recipe, "datasets", ())  # convert-init has none
+            named += [("datasets", path.name, dataset.path or dataset.prompts_path) for dataset in datasets]
+        for key, file, name in named:
+            if not HUB_ID.fullmatch(name) and not Path(name).expanduser().exists():
+                yield f"  {name} is not there yet: {key} in {file}"
 
 
 def _about(folder: Path) -> str:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +19,7 @@ from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.load import load_model
 from zconvert.checkpoint.source import require_converted, resolve
 from zconvert.evaluation.bench import bench, points
-from zconvert.planning.calibrate import against_bench, calibrate, errors, worst
+from zconvert.planning.calibrate import against_bench, calibrate, errors
 from zconvert.planning.model import facts_from_config
 from zconvert.tidar.generate import layout_model_of
 
@@ -43,6 +45,11 @@ def main() -> None:
     print(f"forwards of 1 to 272 tokens  {worst(errors(shape, calibrated, 4)):.0%}")
     print(f"steps of bench               {worst(rows):.0%}")
     print(f"speedups of bench            {worst(rows, 'speedup_error'):.0%}")
+
+
+def worst(rows: Iterable[dict[str, Any]], key: str = "error") -> float:
+    """The largest error, whatever its sign; 0 where there is none."""
+    return max((abs(row[key]) for row in rows if key in row), default=0.0)
 
 
 if __name__ == "__main__":

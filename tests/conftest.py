@@ -13,7 +13,7 @@ import pytest
 # Before torch and the Hub client are imported, which read these once. Tiny tensors gain nothing from a second thread.
 _HF_HOME = tempfile.TemporaryDirectory(prefix="zconvert-tests-", ignore_cleanup_errors=True)
 os.environ["HF_HOME"] = _HF_HOME.name
-for _name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_ENDPOINT", "ZCONVERT_DEBUG"):
+for _name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_ENDPOINT", "ZCONVERT_DEBUG", "COLUMNS"):
     os.environ.pop(_name, None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

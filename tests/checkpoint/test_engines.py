@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
+from tests.commands import run_command
 from zconvert.checkpoint.engines import ENGINES, check
 from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.headers import read_headers
 from zconvert.checkpoint.source import resolve
-from zconvert.cli import export as cli
 from zconvert.cli.export import EngineName
-from zconvert.cli.ui import handled
 from zconvert.errors import UserError
 
 Checkpoint = Callable[..., Path]
@@ -94,11 +91,9 @@ def test_every_row_of_the_table_has_its_version_and_its_option() -> None:
 
 
 def test_the_command_prints_a_verdict_for_each_engine(converted: Callable[[str], Path]) -> None:
-    app = typer.Typer()
-    app.command()(handled(cli.command))
     folder = converted("mixtral")
-    ran = CliRunner().invoke(app, [str(folder), "--check", "all"])
+    ran = run_command("export", folder, "--check", "all")
     assert ran.exit_code == 0, ran.output
     assert all(f"{name} {engine.version}: loads" in ran.stdout for name, engine in ENGINES.items())
-    (one,) = json.loads(CliRunner().invoke(app, [str(folder), "--check", "sglang", "--json"]).stdout)
+    (one,) = json.loads(run_command("export", folder, "--check", "sglang", "--json").stdout)
     assert (one["engine"], one["loads"]) == ("sglang", "yes")

@@ -6,18 +6,18 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import typer
 import yaml
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 import zconvert
 from tests.checkpoint.test_card import RESULTS, front_matter
+from tests.commands import run_command
 from zconvert.checkpoint import export as exporting
 from zconvert.checkpoint import reshard
 from zconvert.checkpoint.export import export
@@ -27,8 +27,6 @@ from zconvert.checkpoint.headers import read_headers
 from zconvert.checkpoint.provenance import carried_on
 from zconvert.checkpoint.source import require_converted, resolve
 from zconvert.checkpoint.weights import write_shard
-from zconvert.cli import export as cli
-from zconvert.cli.ui import handled
 from zconvert.errors import UserError
 from zconvert.tidar._requirements import OLDEST
 
@@ -293,16 +291,11 @@ def test_an_existing_output_is_refused(converted: Callable[..., Path], tmp_path:
         export(resolve(converted()), tmp_path / "out")
 
 
-@pytest.fixture
-def run() -> Callable[..., Any]:
-    """Runs `export` with these arguments."""
-    app = typer.Typer()
-    app.command()(handled(cli.command))
-    return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments])
+run = partial(run_command, "export")
 
 
 def test_the_command_takes_a_runs_folder_and_prints_one_json_document(
-    converted: Callable[..., Path], tmp_path: Path, run: Callable[..., Any]
+    converted: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = in_a_run(converted(), tmp_path)
     (tmp_path / "bench.json").write_text(json.dumps(RESULTS))
@@ -315,9 +308,7 @@ def test_the_command_takes_a_runs_folder_and_prints_one_json_document(
     assert "| lossless | 4.07 |" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_the_commands_summary_goes_to_stdout(
-    converted: Callable[..., Path], tmp_path: Path, run: Callable[..., Any]
-) -> None:
+def test_the_commands_summary_goes_to_stdout(converted: Callable[..., Path], tmp_path: Path) -> None:
     ran = run(converted(), "--out", tmp_path / "out", "--no-verify", "--dtype", "float32", "--max-shard-size", "9KB")
     assert ran.exit_code == 0, ran.output
     assert f"Wrote {tmp_path / 'out'}" in ran.stdout
@@ -345,9 +336,7 @@ def test_the_commands_summary_goes_to_stdout(
         (("--check", "ollama"), "'transformers', 'vllm', 'sglang', 'llama.cpp'"),
     ],
 )
-def test_wrong_usage_is_told_before_anything_is_read(
-    run: Callable[..., Any], tmp_path: Path, arguments: tuple[str, ...], message: str
-) -> None:
+def test_wrong_usage_is_told_before_anything_is_read(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     ran = run(tmp_path / "none", *arguments)
     assert ran.exit_code == 2
     assert message in " ".join(ran.output.replace("│", " ").split())

@@ -88,18 +88,17 @@ def test_the_quickstarts_model_runs_where_zconvert_is_not_installed(
 def test_an_export_is_pushed_and_runs_from_the_hub_where_zconvert_is_not_installed(
     bare_python: Path, quickstart: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path, mode: str
 ) -> None:
+    exports = [quickstart]
     if mode == "gated":
-        folder, later = tmp_path / "0" / "name", tmp_path / "1" / "name"
-        for seed, out in enumerate((folder, later)):
+        exports = [tmp_path / "0" / "name", tmp_path / "1" / "name"]
+        for seed, out in enumerate(exports):
             export(trained_gated(tiny_checkpoint("mixtral"), out.parent, seed), out)
-    else:
-        folder = later = quickstart
     (tmp_path / "hub").mkdir()
     with serve(LoopbackHub({}, pushes=Pushes(tmp_path / "hub"))) as hub:
         environment = {**hub.environment(tmp_path), "HF_TOKEN": TOKEN}
         environment.pop("HF_HOME")
         environment["PYTHONPATH"] = package_path()
-        first, _ = (run_in(HERE, PUSH, made, "org/name", home=tmp_path, **environment) for made in (folder, later))
+        first, *_ = [run_in(HERE, PUSH, made, "org/name", home=tmp_path, **environment) for made in exports]
         assert hub.pushes is not None
         assert hub.pushes.repositories["org/name"].private
         del environment["PYTHONPATH"]
@@ -112,7 +111,7 @@ def test_an_export_is_pushed_and_runs_from_the_hub_where_zconvert_is_not_install
     assert answer["tidar"] == answer["plain"]
     assert answer["module"].startswith("transformers_modules.")
     if mode == "gated":  # of the commit that was asked for
-        pushed = sum(float(tensor.abs().sum()) for tensor in load_file(folder / GATED_FILE).values())
+        pushed = sum(float(tensor.abs().sum()) for tensor in load_file(exports[0] / GATED_FILE).values())
         assert answer["gated"] == pytest.approx(pushed, rel=1e-4)
 
 

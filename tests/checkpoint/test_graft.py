@@ -9,23 +9,21 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
 
 import zconvert
 from tests.checkpoint.tiny import MODEL_TYPES, ROWS
+from tests.commands import run_command
 from zconvert.checkpoint.folder import BASE_CARD
 from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.headers import TensorInfo, read_headers
 from zconvert.checkpoint.source import Source, resolve, tidar_settings
 from zconvert.checkpoint.weights import write_shard
-from zconvert.cli import convert_init as cli
-from zconvert.cli.ui import handled
 from zconvert.errors import UserError
 
 Checkpoint = Callable[..., Path]
@@ -348,17 +346,10 @@ def test_memory_stays_flat_whatever_the_size(tiny_checkpoint: Checkpoint, tmp_pa
     assert int(done.stdout) * 1024 < 60 * 10**6 < rows * width * 2  # the embedding alone has 268 MB
 
 
-@pytest.fixture
-def run() -> Callable[..., Any]:
-    """Runs `convert-init` with these arguments."""
-    app = typer.Typer()
-    app.command()(handled(cli.command))
-    return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments])
+run = partial(run_command, "convert-init")
 
 
-def test_the_command_converts_with_its_options(
-    tiny_checkpoint: Checkpoint, tmp_path: Path, run: Callable[..., Any]
-) -> None:
+def test_the_command_converts_with_its_options(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     source, out = tiny_checkpoint("zaya", mask_token=True), tmp_path / "out"
     result = run(source, "--out", out, "--block-size", 4, "--mask-token", "60", "--proposals", "1,3")
     assert result.exit_code == 0, result.output
@@ -367,9 +358,7 @@ def test_the_command_converts_with_its_options(
     assert f"Wrote {out}" in result.stdout
 
 
-def test_the_command_takes_a_recipe_with_the_same_keys(
-    tiny_checkpoint: Checkpoint, tmp_path: Path, run: Callable[..., Any]
-) -> None:
+def test_the_command_takes_a_recipe_with_the_same_keys(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     recipe = tmp_path / "convert-init.yaml"
     recipe.write_text(
         f"base_model: {tiny_checkpoint('zaya')}\noutput_dir: {tmp_path / 'out'}\n"
@@ -392,7 +381,7 @@ def test_the_command_takes_a_recipe_with_the_same_keys(
         (["here", "--out", "x", "--block-size", "1"], "'--block-size'"),
     ],
 )
-def test_a_mistake_gives_one_message(run: Callable[..., Any], arguments: list[str], words: str) -> None:
+def test_a_mistake_gives_one_message(arguments: list[str], words: str) -> None:
     result = run(*arguments)
     assert result.exit_code == (1 if words in ("no such folder", "no recipe") else 2)
     assert result.stdout == ""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
 
+from tests.commands import run_command
 from zconvert.checkpoint.export import export
 from zconvert.checkpoint.folder import sha256
 from zconvert.checkpoint.graft import convert_init
@@ -20,8 +20,6 @@ from zconvert.checkpoint.load import load_model
 from zconvert.checkpoint.merge import merge_to_ar
 from zconvert.checkpoint.source import require_converted, resolve
 from zconvert.checkpoint.weights import save_gated
-from zconvert.cli import export as cli
-from zconvert.cli.ui import handled
 from zconvert.errors import UserError
 from zconvert.tidar.generate import layout_model_of
 from zconvert.tidar.settings import GATED_FILE, GatedParts
@@ -153,10 +151,7 @@ def test_what_is_not_the_sources_any_more_is_not_handed_out_as_it(
     assert not (tmp_path / "merged").exists()
 
 
-def run(*arguments: object) -> Any:
-    app = typer.Typer()
-    app.command()(handled(cli.command))
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "80"})
+run = partial(run_command, "export")
 
 
 def test_the_command_tells_what_was_compared(gated: Path, tmp_path: Path) -> None:

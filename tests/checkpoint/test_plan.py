@@ -8,21 +8,19 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from tests.checkpoint.disk import small_disk
 from tests.checkpoint.loopback_hub import LoopbackHub, serve
+from tests.commands import run_command
 from zconvert.checkpoint.graft import carry_out
 from zconvert.checkpoint.headers import read_headers
 from zconvert.checkpoint.plan import Choices, Plan, plan_conversion
 from zconvert.checkpoint.source import resolve
-from zconvert.cli import convert_init as cli
-from zconvert.cli.ui import handled
 from zconvert.errors import UserError
 
 Checkpoint = Callable[..., Path]
@@ -123,16 +121,11 @@ def test_a_configuration_that_names_a_token_without_a_row_is_refused(
     assert caught.value.what.startswith(file)
 
 
-@pytest.fixture
-def run() -> Callable[..., Any]:
-    """Runs `convert-init` with these arguments."""
-    app = typer.Typer()
-    app.command()(handled(cli.command))
-    return lambda *arguments: CliRunner(env={"COLUMNS": "80"}).invoke(app, [str(a) for a in arguments])
+run = partial(run_command, "convert-init")
 
 
 def test_a_dry_run_shows_a_table_at_80_columns_and_writes_nothing(
-    tiny_checkpoint: Checkpoint, tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     source = tiny_checkpoint("mixtral", shards=3)
@@ -150,9 +143,7 @@ def test_a_dry_run_shows_a_table_at_80_columns_and_writes_nothing(
     assert not Path("out").exists()
 
 
-def test_a_dry_run_and_a_conversion_print_the_same_files_as_json(
-    tiny_checkpoint: Checkpoint, tmp_path: Path, run: Callable[..., Any]
-) -> None:
+def test_a_dry_run_and_a_conversion_print_the_same_files_as_json(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     source, out = tiny_checkpoint("zaya", shards=3), tmp_path / "out"
     dry = json.loads(run(source, "--out", out, "--json", "--dry-run", "--block-size", 4).stdout)
     assert not out.exists()
@@ -164,9 +155,7 @@ def test_a_dry_run_and_a_conversion_print_the_same_files_as_json(
     assert [f["name"] for f in dry["files"]] == [f["name"] for f in wet["files"]] == sorted(os.listdir(out))
 
 
-def test_how_it_is_made_may_be_said_beside_a_recipe(
-    tiny_checkpoint: Checkpoint, tmp_path: Path, run: Callable[..., Any]
-) -> None:
+def test_how_it_is_made_may_be_said_beside_a_recipe(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     recipe, out = tmp_path / "convert-init.yaml", tmp_path / "out"
     recipe.write_text(f"base_model: {tiny_checkpoint('zaya', shards=3)}\noutput_dir: {out}\n")
     assert run(recipe, "--dry-run").exit_code == 0

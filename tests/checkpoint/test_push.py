@@ -6,18 +6,18 @@ import json
 import shutil
 import types
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
-import typer
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
-from typer.testing import CliRunner
 
 from tests.checkpoint.loopback_hub import LoopbackHub, serve
 from tests.checkpoint.pushed import TOKEN, Pushes, Repository
+from tests.commands import run_command
 from zconvert.checkpoint import push as pushing
 from zconvert.checkpoint.export import export
 from zconvert.checkpoint.graft import convert_init
@@ -25,7 +25,6 @@ from zconvert.checkpoint.push import Pushed, plan_push
 from zconvert.checkpoint.push_plan import Target
 from zconvert.checkpoint.source import resolve
 from zconvert.cli import export as cli
-from zconvert.cli.ui import handled
 from zconvert.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # the client's own
@@ -371,17 +370,10 @@ def test_bars_of_the_client_are_as_they_were_afterwards(hub: LoopbackHub, export
     assert not [name for name in files_of(hub) if name.startswith("custom_generate/")]
 
 
-@pytest.fixture
-def run() -> Callable[..., Any]:
-    """Runs `export` with these arguments."""
-    app = typer.Typer()
-    app.command()(handled(cli.command))
-    return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments])
+run = partial(run_command, "export")
 
 
-def test_the_command_exports_and_pushes_in_one(
-    hub: LoopbackHub, exported: Path, tmp_path: Path, run: Callable[..., Any]
-) -> None:
+def test_the_command_exports_and_pushes_in_one(hub: LoopbackHub, exported: Path, tmp_path: Path) -> None:
     command = [tmp_path / "converted", "--hub", REPO, "--no-verify", "--token", TOKEN]
     dry = run(*command, "--dry-run", "--json")
     assert dry.exit_code == 0, dry.output
@@ -403,7 +395,7 @@ def test_the_command_exports_and_pushes_in_one(
 
 
 def test_the_command_asks_for_a_token_before_it_exports(
-    hub: LoopbackHub, exported: Path, tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    hub: LoopbackHub, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cli, "export_shown", lambda *_, **__: pytest.fail("it was exported"))
     for token in (["--token", "hf_wrong"], []):

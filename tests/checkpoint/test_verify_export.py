@@ -176,7 +176,7 @@ def test_files_that_do_not_agree_are_told(
 def test_a_model_too_large_to_run_is_told_and_its_files_are_checked(
     tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verifying, "why_not", lambda _: "the model is large: 120 GB in float32")
+    monkeypatch.setattr(verifying, "too_large_to_run", lambda _: "the model is large: 120 GB in float32")
     verified = export(convert(tiny_checkpoint("mixtral"), tmp_path), tmp_path / "out", verify=True)["verified"]
     assert verified["skipped"] == "the model is large: 120 GB in float32"
     assert verified["prompts"] == 0

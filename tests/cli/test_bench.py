@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner, Result
 
 from tests.checkpoint.tiny import make_checkpoint
+from tests.commands import run_command
 from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.source import resolve
-from zconvert.cli import bench, ui
+from zconvert.cli import bench
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +29,7 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
-def run(*arguments: object) -> Result:
-    """Runs the command as the console command does."""
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(ui.handled(bench.command))
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+run = partial(run_command, "bench")
 
 
 def test_json_is_one_document_and_nothing_else(converted: Path, prompts: Path) -> None:

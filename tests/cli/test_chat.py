@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
+from tests.commands import run_command
 from tests.serving.endpoint import Model, make_converted
-from zconvert.cli import chat, generate, ui
+from zconvert.cli import chat
 from zconvert.cli.streaming import show_plain
 from zconvert.data.chat import asking_ids
 from zconvert.tidar.decoding import Result as Decoded
@@ -30,9 +30,7 @@ def model(checkpoint: Path) -> Model:
 
 
 def run(checkpoint: Path, stdin: str, *arguments: str) -> Result:
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(ui.handled(generate.command))
-    return CliRunner().invoke(app, [str(checkpoint), "--chat", "--max-new-tokens", "9", *arguments], input=stdin)
+    return run_command("generate", checkpoint, "--chat", "--max-new-tokens", 9, *arguments, stdin=stdin)
 
 
 def answers(model: Model, *asked: str) -> list[str]:
@@ -90,7 +88,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(
     monkeypatch.setattr(Engine, "step", interrupted)
     lines = iter(["seven men"])
     monkeypatch.setattr("builtins.input", lambda *_: next(lines, None) or _end())
-    talk = chat.Chat(model.layout_model, model.tokenizer, model.plan, 200, [], None, show_plain)
+    talk = chat.Chat(Engine(model.layout_model, model.plan, max_batch=1), model.tokenizer, 200, [], None, show_plain)
     before = signal.getsignal(signal.SIGINT)
     talk.talk()
     said = talk.messages[1]["content"]

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from typer.testing import CliRunner
-
+from tests.commands import run_command
 from tests.training.test_context import extension_run
-from zconvert.cli.main import app
 
 
 def test_losses_by_position_are_shown_before_and_after(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(extension_run(tmp_path)))
-    result = CliRunner().invoke(app, ["extend-context", str(recipe)])
+    result = run_command("extend-context", recipe)
     assert result.exit_code == 0, result.output
     assert "trained before with 16 positions" in " ".join(result.output.split())
     assert "48 – 63" in result.output
@@ -25,9 +23,9 @@ def test_settings_that_contradict_each_other_are_told_by_name(tmp_path: Path) ->
     recipe = tmp_path / "recipe.yaml"
     settings = extension_run(tmp_path, rope="linear", rope_theta=1e6)
     recipe.write_text(json.dumps(settings))
-    result = CliRunner().invoke(app, ["extend-context", str(recipe)])
+    result = run_command("extend-context", recipe)
     assert result.exit_code == 1
     assert "context.rope_theta" in result.output
     recipe.write_text(json.dumps({**settings, "context": {"target_len": 32}}))
-    result = CliRunner().invoke(app, ["extend-context", str(recipe)])
+    result = run_command("extend-context", recipe)
     assert "at least sequence_len" in " ".join(result.output.split())

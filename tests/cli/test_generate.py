@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-from typer.testing import CliRunner, Result
 
 from tests.checkpoint.tiny import make_checkpoint
+from tests.commands import run_command
 from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.load import load_model, prompt_ids
 from zconvert.checkpoint.source import resolve
-from zconvert.cli import generate, ui
 from zconvert.cli.streaming import Tally
 from zconvert.cli.ui import safe
 from zconvert.errors import UserError
@@ -31,11 +30,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "converted"
 
 
-def run(*arguments: object, stdin: str | None = None) -> Result:
-    """Runs the command as the console command does."""
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(ui.handled(generate.command))
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+run = partial(run_command, "generate")
 
 
 def document(*arguments: object) -> dict[str, Any]:
@@ -65,6 +60,21 @@ def test_json_is_one_document_with_text_and_tally(checkpoint: Path) -> None:
     assert told["tokens_per_forward"] == 1
     assert told["tokens_per_second"] > 0
     assert told["text"] == document(checkpoint, "--prompt", PROMPT)["text"]
+
+
+@pytest.mark.slow
+def test_compiled_decoding_gives_the_same_text(checkpoint: Path) -> None:
+    expected = run(checkpoint, PROMPT, "--max-new-tokens", 12)
+    compiled = run(checkpoint, PROMPT, "--max-new-tokens", 12, "--compile", "default")
+    assert compiled.exit_code == 0, compiled.output
+    assert compiled.stdout == expected.stdout
+    assert "Dynamo" not in compiled.stderr
+
+
+def test_what_changes_as_it_goes_is_not_compiled(checkpoint: Path) -> None:
+    result = run(checkpoint, PROMPT, "--compile", "default", "--mode", "auto")
+    assert result.exit_code == 2
+    assert "bench --tune" in result.output
 
 
 def test_the_prompt_may_come_from_stdin(checkpoint: Path) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-from typer.testing import CliRunner, Result
 
 from tests.checkpoint.sparse import write_sparse, write_sparse_file
 from tests.checkpoint.tiny import make_checkpoint
-from zconvert.cli import inspect, ui
+from tests.commands import run_command
 
 
 @pytest.fixture(scope="module")
@@ -20,11 +19,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("made") / "zaya", "zaya")
 
 
-def run(*arguments: object) -> Result:
-    """Runs the command as the console command does."""
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(ui.handled(inspect.command))
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+run = partial(run_command, "inspect")
 
 
 def changed(checkpoint: Path, folder: Path, **changes: Any) -> Path:

@@ -7,20 +7,20 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-from typer.testing import CliRunner, Result
 
 from tests.checkpoint.loopback_hub import LoopbackHub, serve
 from tests.checkpoint.sparse import meta_shapes, one_by_one, write_sparse
 from tests.checkpoint.tiny import make_checkpoint
+from tests.commands import run_command
 from tests.planning.models import QWEN3_30B, ZAYA_8B
 from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.source import resolve
-from zconvert.cli import plan, ui
+from zconvert.cli import plan
 from zconvert.planning.calibrate import Calibrated
 from zconvert.planning.decoding import Calibration
 from zconvert.planning.from_config import shapes_from_config
@@ -52,10 +52,7 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def run(*arguments: object) -> Result:
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(ui.handled(plan.command))
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+run = partial(run_command, "plan")
 
 
 def document(*arguments: object) -> dict[str, Any]:

@@ -12,15 +12,15 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner, Result
 
+from tests.commands import run_command
 from tests.serving.endpoint import Model, make_converted
 from zconvert.checkpoint.load import prompt_ids
-from zconvert.cli import serve, ui
+from zconvert.cli import serve
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +28,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_converted(tmp_path_factory.mktemp("served"))
 
 
-def run(*arguments: object) -> Result:
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(ui.handled(serve.command))
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+run = partial(run_command, "serve")
 
 
 @contextmanager

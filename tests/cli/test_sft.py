@@ -7,18 +7,17 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
 
+from tests.commands import run_command
 from tests.training.test_sft import make_sft
 from zconvert.cli import sft
-from zconvert.cli.main import app
 from zconvert.recipe import dump_recipe
 
 
 def test_show_example_marks_what_is_scored_and_trains_nothing(tmp_path: Path) -> None:
     recipe = make_sft(tmp_path)
     (tmp_path / "sft.yaml").write_text(dump_recipe(recipe))
-    result = CliRunner().invoke(app, ["sft", str(tmp_path / "sft.yaml"), "--show-example"])
+    result = run_command("sft", tmp_path / "sft.yaml", "--show-example")
     assert result.exit_code == 0, result.output
     assert "user<bos> ten<eos>" in result.stdout
     assert "[[tall trees<eos>]]" in result.stdout
@@ -29,7 +28,7 @@ def test_show_example_is_coloured_in_a_terminal(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "sft.yaml").write_text(dump_recipe(make_sft(tmp_path)))
     terminal = Console(file=io.StringIO(), force_terminal=True, color_system="standard", no_color=False)
     monkeypatch.setattr(sft, "out", terminal)
-    result = CliRunner().invoke(app, ["sft", str(tmp_path / "sft.yaml"), "--show-example"])
+    result = run_command("sft", tmp_path / "sft.yaml", "--show-example")
     assert result.exit_code == 0, result.output
     shown = terminal.file.getvalue()  # type: ignore[attr-defined]
     assert "\x1b[1;32mtall trees<eos>\x1b[0m" in shown

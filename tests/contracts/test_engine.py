@@ -75,7 +75,8 @@ def test_a_text_is_the_same_alone_and_in_any_batch(model: str, plan: str, data: 
     expected = alone(model, plan, seed)
     requests = data.draw(st.permutations(some_requests(10, seed)))
     batch, chunk = data.draw(st.integers(1, 8)), data.draw(st.sampled_from((3, 11, 2048)))
-    engine = Engine(trained_pair(model).layout, PLANS[plan], max_batch=batch, prefill_chunk=chunk)
+    fixed = data.draw(st.booleans())
+    engine = Engine(trained_pair(model).layout, PLANS[plan], max_batch=batch, prefill_chunk=chunk, fixed_shapes=fixed)
     # Some come while others are under way, some are cancelled: their neighbours must not notice.
     cancelled = set(data.draw(st.lists(st.integers(0, 9), max_size=3)))
     late = data.draw(st.integers(0, 9))

@@ -68,9 +68,11 @@ def test_cached_decoding_steps_equal_uncached_ones(family: Pair) -> None:
     assert checks.cached_steps_differ(family) < TOLERANCE
 
 
-@pytest.mark.parametrize(("proposals", "batch"), [((1, 2, 3, 4), 1), ((1, 3), 3)], ids=str)
+@pytest.mark.parametrize(
+    ("proposals", "batch", "fixed"), [((1, 2, 3, 4), 1, False), ((1, 3), 3, False), ((1, 3), 3, True)], ids=str
+)
 def test_greedy_text_is_the_sources_at_every_accepted_length(
-    family: Pair, proposals: tuple[int, ...], batch: int, monkeypatch: pytest.MonkeyPatch
+    family: Pair, proposals: tuple[int, ...], batch: int, fixed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths = {0: 10} if batch == 1 else {0: 10, 1: 3, 2: 17, 3: 9}  # the fourth takes the place of one that ended
     expected = {key: _greedy(family, _prompt(length), 20 - 4 * key) for key, length in lengths.items()}
@@ -89,7 +91,8 @@ def test_greedy_text_is_the_sources_at_every_accepted_length(
 
     monkeypatch.setattr(Engine, "_draft", drafts_right_up_to)
     plan = DecodePlan.tidar(TidarSettings(BLOCK, MASK), Sampling(), frozenset(), proposals=proposals)
-    engine = Engine(family.layout, plan, max_batch=batch, prefill_chunk=12)  # the prompt of 17 is read in two parts
+    # The prompt of 17 is read in two parts.
+    engine = Engine(family.layout, plan, max_batch=batch, prefill_chunk=12, fixed_shapes=fixed)
     requests = [Request(_prompt(length), len(expected[key]), key=key) for key, length in lengths.items()]
     results = list(run(engine, requests))
     assert {result.request.key: result.tokens for result in results} == expected

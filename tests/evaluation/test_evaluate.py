@@ -131,7 +131,9 @@ def test_pass_at_k_is_of_the_samples_that_were_scored_as_right(done: tuple[Path,
 
 
 def test_samples_are_in_the_shape_that_humaneval_s_scorers_read(done: tuple[Path, dict[str, Any]]) -> None:
-    for sample in lines(done[0] / "samples" / "words" / "lossless.jsonl"):
+    samples = lines(done[0] / "samples" / "words" / "lossless.jsonl")
+    assert samples
+    for sample in samples:
         assert sample["task_id"] in {"words/0", "words/1", "words/2"}
         assert isinstance(sample["completion"], str)
 

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from tests.checkpoint.tiny import make_checkpoint
+from tests.commands import run_command
 from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.source import resolve
-from zconvert.cli.main import app
 
 pytest.importorskip("lm_eval", reason="needs zconvert[lm-eval]")
 pytestmark = pytest.mark.slow
@@ -111,7 +110,7 @@ def test_likelihoods_are_those_of_the_stock_model(folder: Path) -> None:
 
 def test_the_command_runs_lm_eval_s_own(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     options = f"--model_args pretrained={folder / 'init'},sampler=mix:0.5 --tasks local_choice --include_path {folder}"
-    done = CliRunner().invoke(app, ["lm-eval", "run", "--model", "zconvert", *options.split()])
+    done = run_command("lm-eval", "run", "--model", "zconvert", *options.split())
     assert done.exit_code == 0, done.stderr
     assert "|local_choice|" in done.stdout + capfd.readouterr().out
 

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
+from tests.commands import run_command
 from tests.evaluation.rows import CALLS, HUMANEVAL, ROWS, packed, write_rows
-from zconvert.cli.main import app
 from zconvert.errors import UserError
 from zconvert.evaluation.samples import read_lines, samples_file, scores_file, write_whole
 from zconvert.evaluation.scoring import check_solutions, score
@@ -195,27 +194,27 @@ def test_an_unknown_task_is_told_with_the_nearest() -> None:
 
 
 def test_the_command_lists_shows_and_checks(tmp_path: Path) -> None:
-    listed = CliRunner().invoke(app, ["tasks", "list"])
+    listed = run_command("tasks", "list")
     assert listed.exit_code == 0, listed.stderr
     assert all(name in listed.stdout for name in names())
     assert max(map(len, listed.stdout.split("\n"))) <= 80
-    shown = CliRunner().invoke(app, ["tasks", "show", "gsm8k"])
+    shown = run_command("tasks", "show", "gsm8k")
     copy = tmp_path / "mine.yaml"
     copy.write_text(shown.stdout)
     assert load_task(str(copy)).recipe == load_task("gsm8k").recipe
     rows = write_rows(tmp_path, ROWS["gsm8k"])
-    checked = CliRunner().invoke(app, ["tasks", "check", f"gsm8k={rows}"])
+    checked = run_command("tasks", "check", f"gsm8k={rows}")
     assert checked.exit_code == 0, checked.stderr
     assert "2 of 2 right answers are scored as right." in checked.stdout
     rows.write_text(json.dumps({"question": "How many?", "answer": "\nQuestion: none.\n#### 7"}))
-    failed = CliRunner().invoke(app, ["tasks", "check", f"gsm8k={rows}"])
+    failed = run_command("tasks", "check", f"gsm8k={rows}")
     assert (failed.exit_code, "0 of 1" in failed.stdout) == (1, True)
 
 
 def test_checking_a_code_task_runs_nothing_without_leave(tmp_path: Path) -> None:
     row = {**HUMANEVAL[0], "canonical_solution": f"    open({str(tmp_path / 'ran')!r}, 'w')\n"}
     rows = write_rows(tmp_path, [row])
-    checked = CliRunner().invoke(app, ["tasks", "check", f"humaneval={rows}"])
+    checked = run_command("tasks", "check", f"humaneval={rows}")
     assert (checked.exit_code, "--allow-code-exec runs them" in checked.stdout) == (0, True)
     task = load_task(f"humaneval={rows}")
     with pytest.raises(UserError, match="running programs"):

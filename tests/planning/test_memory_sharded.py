@@ -77,7 +77,6 @@ def _work(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.timeout(120)
 def test_the_peak_of_a_sharded_step_is_predicted_within_10_percent(tmp_path: Path) -> None:
     mp.spawn(_work, (str(tmp_path),), nprocs=2)
     for (model_type, work), peak in zip(CASES, (tmp_path / "peaks").read_text().split(), strict=True):

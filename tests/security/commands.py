@@ -6,13 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from typer.testing import CliRunner, Result
-
-from zconvert.cli.main import app
-
-
-def run(*arguments: object, stdin: str | None = None) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+from tests.commands import run_command as run
 
 
 def refused(*arguments: object, stdin: str | None = None) -> str:

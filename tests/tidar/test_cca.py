@@ -57,8 +57,7 @@ def assert_same(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> None:
 
 def text(length: int, rows: int = 1) -> Layout:
     """Plain causal text."""
-    step = decode_layout(0, length, (), 2)
-    return Layout(*(field.expand(rows, -1) for field in vars(step).values()))
+    return decode_layout([0] * rows, length, (), 2)
 
 
 @torch.no_grad()

@@ -6,16 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.checkpoint.tiny import make_checkpoint
 from tests.contracts.models import random_ids
 from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.load import load_model
 from zconvert.checkpoint.source import require_converted, resolve
+from zconvert.recipe import TrainingRecipe
 from zconvert.tidar.acceptance import Sampling
 from zconvert.tidar.decoding import DecodePlan
 from zconvert.tidar.engine import decode
 from zconvert.tidar.generate import layout_model_of
 from zconvert.tidar.model import LayoutModel
+from zconvert.training import stages
+from zconvert.training.loop import Progress
 
 TIMINGS = ("seconds", "tokens_per_second")
 
@@ -57,6 +62,20 @@ def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl without what depends on the clock."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
+
+
+def train_until(recipe: TrainingRecipe, step: int) -> None:
+    """Trains; the power is cut as the metrics of a step are told."""
+
+    class PowerCut(Exception):
+        pass
+
+    def cut(progress: Progress) -> None:
+        if progress.metrics is not None and progress.metrics["step"] == step:
+            raise PowerCut
+
+    with pytest.raises(PowerCut):
+        stages.train(recipe, cut)
 
 
 def assert_decodes_the_text_of(source: Path, trained: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,19 @@ def with_evaluation(folder: Path, model_type: str = "zaya", **changes: Any) -> d
     return {**settings, "evaluation": evaluation}
 
 
-def train(settings: dict[str, Any]) -> Path:
-    return stages.train(MidtrainRecipe(**settings), lambda _: None)
+def train(settings: dict[str, Any], say: Callable[[str | None], None] = lambda _: None) -> Path:
+    return stages.train(MidtrainRecipe(**settings), lambda progress: say(progress.message))
+
+
+def test_bad_rows_of_held_out_data_that_are_left_out_are_told_of(tmp_path: Path) -> None:
+    settings = with_evaluation(tmp_path)
+    (held_out,) = settings["evaluation"]["datasets"]
+    with open(held_out["path"], "a") as file:
+        file.write("no row\n")
+    held_out["on_bad_row"] = "skip"
+    said: list[str | None] = []
+    train({**settings, "max_steps": 1, "save_steps": 1, "warmup_steps": 0}, said.append)
+    assert [text for text in said if text is not None and "held_out.jsonl is not JSON" in text]
 
 
 @pytest.mark.parametrize("model_type", ["zaya", "mixtral"])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.checkpoint.tiny import ROWS, make_checkpoint
 from tests.contracts.models import random_ids
-from tests.training.runs import make_run, metrics_of
+from tests.training.runs import make_run, metrics_of, train_until
 from zconvert.checkpoint.export import export
 from zconvert.checkpoint.folder import sha256
 from zconvert.checkpoint.graft import convert_init
@@ -95,16 +95,7 @@ def test_a_trained_gated_checkpoint_is_its_source_wherever_it_is_not_asked_to_dr
 def test_a_gated_run_stopped_and_started_again_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     settings = gated_run(tmp_path, max_steps=8)
     whole = train({**settings, "output_dir": str(tmp_path / "whole")})
-
-    class Stop(Exception):
-        pass
-
-    def stop_at_five(progress: Any) -> None:
-        if progress.metrics is not None and progress.metrics["step"] == 5:
-            raise Stop
-
-    with pytest.raises(Stop):
-        stages.train(MidtrainRecipe(**settings), stop_at_five)
+    train_until(MidtrainRecipe(**settings), 5)
     state = load_file(next((tmp_path / "run" / "train_state" / "step-00000004").glob("*.safetensors")))
     weights = [name.removeprefix("model.") for name in state if name.startswith("model.")]
     assert weights

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.contracts.families import FAMILY_MODELS, family_pair, make_family_model
 from tests.contracts.models import MASK, make_model, perturb, random_ids
-from tests.training.runs import make_run, metrics_of
+from tests.training.runs import make_run, metrics_of, train_until
 from zconvert.data.packing import Batch
 from zconvert.recipe import MidtrainRecipe
 from zconvert.tidar.families import FAMILIES
@@ -23,7 +23,6 @@ from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.settings import GatedParts
 from zconvert.training import stages
 from zconvert.training.balancing import BiasBalancer
-from zconvert.training.loop import Progress
 from zconvert.training.moe import ROUTING_FILE
 from zconvert.training.objective import packed_losses
 from zconvert.training.routing import RouterWatch, changed_share, has_aux_loss, health, load_balancing_loss, routers_of
@@ -249,16 +248,7 @@ def test_the_aux_loss_moves_the_weights(tmp_path: Path) -> None:
 def test_what_was_counted_before_a_stop_is_told_by_the_run_that_goes_on(tmp_path: Path) -> None:
     settings = make_run(tmp_path, "mixtral", max_steps=8, logging_steps=3, save_steps=4, moe={"probe_steps": 4})
     train({**settings, "output_dir": str(tmp_path / "whole")})
-
-    class PowerCut(Exception):
-        pass
-
-    def cut(progress: Progress) -> None:
-        if progress.metrics is not None and progress.metrics["step"] == 6:
-            raise PowerCut
-
-    with pytest.raises(PowerCut):
-        stages.train(MidtrainRecipe(**settings), cut)
+    train_until(MidtrainRecipe(**settings), 6)
     train(settings)
     assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
     assert "drift" in metrics_of(tmp_path / "run")[1]["moe"]

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
+from tests.commands import run_command
 from tests.training.runs import make_run
-from zconvert.cli.main import app
 from zconvert.errors import UserError
 from zconvert.recipe import load_pipeline
 from zconvert.training.pipeline import digest, fingerprint
@@ -37,7 +36,7 @@ def pipeline(tmp_path: Path) -> Path:
 
 
 def run(pipeline: Path, *options: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["run", str(pipeline), *options])
+    result = run_command("run", pipeline, *options)
     return result.exit_code, " ".join(result.output.split())
 
 
@@ -95,7 +94,7 @@ def test_a_dry_run_tells_and_writes_nothing(pipeline: Path) -> None:
 
 def test_an_output_of_unknown_origin_is_taken_only_when_asked_for(pipeline: Path) -> None:
     convert = str(pipeline.parent / "convert-init.yaml")
-    assert CliRunner().invoke(app, ["convert-init", convert]).exit_code == 0
+    assert run_command("convert-init", convert).exit_code == 0
     code, text = run(pipeline)
     assert code == 1
     assert "it is not known what" in text

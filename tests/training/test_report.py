@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
+from tests.commands import run_command
 from tests.training.runs import make_run
 from tests.training.test_context import extension_run
 from tests.training.test_evaluating import with_evaluation
-from zconvert.cli.main import app
 from zconvert.errors import UserError
 from zconvert.recipe import ExtendContextRecipe, MidtrainRecipe
 from zconvert.training import stages
@@ -30,7 +29,7 @@ def images(page: Path) -> dict[str, bytes]:
 def test_the_page_holds_every_curve_and_needs_no_other_file(tmp_path: Path) -> None:
     settings = with_evaluation(tmp_path)
     stages.train(MidtrainRecipe(**settings), lambda _: None)
-    result = CliRunner().invoke(app, ["report", settings["output_dir"]])
+    result = run_command("report", settings["output_dir"])
     assert result.exit_code == 0, result.output
     page = tmp_path / "run" / "report" / "report.html"
     assert result.stdout.replace("\n", "") == str(page)

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.contracts.models import make_model
-from tests.training.runs import make_run, metrics_of
+from tests.training.runs import make_run, metrics_of, train_until
 from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.load import load_model
 from zconvert.checkpoint.source import require_converted, resolve
@@ -126,16 +126,7 @@ def test_a_run_of_conversations_that_was_stopped_goes_on_as_if_it_had_not_been(
     recipe = make_sft(tmp_path, datasets=[streamed], max_steps=12, save_steps=5)
     stages.train(recipe, lambda _progress: None)
     again = recipe.model_copy(update={"output_dir": str(tmp_path / "again")})
-
-    class Stopped(Exception):
-        pass
-
-    def stop(progress: Any) -> None:
-        if progress.metrics is not None and progress.metrics["step"] == 7:
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        stages.train(again, stop)
+    train_until(again, 7)
     stages.train(again, lambda _progress: None)
     assert metrics_of(Path(again.output_dir)) == metrics_of(Path(recipe.output_dir))
 

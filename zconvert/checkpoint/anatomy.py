@@ -1,7 +1,7 @@
 """How a model is built, as far as its `config.json` tells: layers, experts, router, attention, cache, positions.
 
 Families name the same thing differently, and transformers 4 wrote other keys than 5. Every function takes the language
-model's configuration (`language_model`) and returns None where nothing is said.
+model's configuration (`language_config`) and returns None where nothing is said.
 """
 
 from __future__ import annotations
@@ -50,12 +50,6 @@ _TOO_MANY = 2**40
 """of anything: products of some such numbers are still numbers that a float can hold"""
 _MOST_LAYERS = 10_000
 _WITHOUT_CACHE = ("moe", "mlp")  # Nemotron-H counts these as layers of their own
-
-
-def language_model(config: dict[str, Any]) -> dict[str, Any]:
-    """The language model's settings, which composite models (images, audio) keep one level down."""
-    inner = config.get("text_config")
-    return inner if isinstance(inner, dict) else config
 
 
 def layers_of(config: dict[str, Any]) -> int | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zconvert import __version__
+from zconvert.checkpoint.anatomy import experts_of
 from zconvert.checkpoint.folder import BASE_CARD
 from zconvert.checkpoint.measured import measured_section
 from zconvert.checkpoint.small_files import read_small
@@ -89,7 +90,7 @@ def model_card(
     metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", **inherited}
     if _on_hub(settings.base_model):  # a folder's name would be a dead link
         metadata |= {"base_model": settings.base_model, "base_model_relation": "finetune"}
-    metadata["tags"] = [*TAGS, *(["mixture-of-experts"] if _is_moe(config) else [])]
+    metadata["tags"] = [*TAGS, *(["mixture-of-experts"] if experts_of(language_config(dict(config))) else [])]
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
     sections = [
         f"# {name}",
@@ -117,11 +118,6 @@ def _is_plain(value: Any) -> bool:
     """Whether it is a word or some words."""
     words = value if isinstance(value, list) else [value]
     return bool(words) and all(isinstance(word, str) and 0 < len(word) <= _MOST_WORD for word in words)
-
-
-def _is_moe(config: Mapping[str, Any]) -> bool:
-    model = language_config(dict(config))
-    return any(model.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
 def _on_hub(base: str | None) -> bool:

@@ -15,7 +15,6 @@ from zconvert.checkpoint.anatomy import (
     cache_of,
     context_of,
     experts_of,
-    language_model,
     layer_types_of,
     layers_of,
     rope_of,
@@ -29,7 +28,7 @@ from zconvert.checkpoint.quantisation import quantisation
 from zconvert.checkpoint.source import Source, read_config, tidar_settings
 from zconvert.checkpoint.verdict import refusal, sentence
 from zconvert.errors import UserError
-from zconvert.tidar.families import judge
+from zconvert.tidar.families import judge, language_config
 from zconvert.tidar.settings import GATED_FILE, TidarSettings
 
 _BALANCING_BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
@@ -82,7 +81,7 @@ def describe(source: Source) -> dict[str, Any]:
     config = read_config(source.folder)
     settings = tidar_settings(config)
     listing = list_tensors(source)
-    headers, model = listing.headers, language_model(config)
+    headers, model = listing.headers, language_config(config)
     reason = refusal(config, headers) or listing.problem
     mask, tokens, tokenizer_problem = _tokens(source, headers, config, settings, wanted=reason is None)
     reason = reason or tokenizer_problem
@@ -164,7 +163,7 @@ def _next(source: Source, settings: TidarSettings | None) -> str:
 
 def _experts(headers: Headers, config: dict[str, Any]) -> dict[str, int | None] | None:
     """What config.json says, where the tensors bear it out: some configs keep keys of experts they do not have."""
-    model = language_model(config)
+    model = language_config(config)
     said, layers, with_experts = experts_of(model), layers_of(model), moe_layers(headers, config)
     if said is None or (headers.tensors and not with_experts):
         return None

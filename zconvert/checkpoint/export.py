@@ -17,10 +17,10 @@ import zconvert
 from zconvert.checkpoint.card import Facts, inherited_metadata, model_card
 from zconvert.checkpoint.engines import serving_lines
 from zconvert.checkpoint.folder import ORIGINALS, copy, copy_companions, link, new_folder, sha256
-from zconvert.checkpoint.graft import GENERATION_CONFIG, generation_patch
 from zconvert.checkpoint.headers import INDEX_FILE, Headers, read_headers
 from zconvert.checkpoint.json_patch import parse_json_object, patch_json, read_json, read_json_text
 from zconvert.checkpoint.mask_token import choose_mask_token, tokenizer_patches
+from zconvert.checkpoint.plan import GENERATION_CONFIG, generation_patch
 from zconvert.checkpoint.provenance import (
     HISTORY,
     PROVENANCE_FILE,

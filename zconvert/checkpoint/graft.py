@@ -17,14 +17,12 @@ from typing import Any
 
 from zconvert.checkpoint.folder import copy, flush, new_folder, place
 from zconvert.checkpoint.headers import Shard, TensorInfo
-from zconvert.checkpoint.plan import GENERATION_CONFIG, Choices, FileStep, Plan, generation_patch, plan_conversion
+from zconvert.checkpoint.plan import Choices, FileStep, Plan, plan_conversion
 from zconvert.checkpoint.rows import Floats, as_stored
 from zconvert.checkpoint.source import Source
 from zconvert.checkpoint.verify import Level, Verified, check_level, verify
 from zconvert.checkpoint.weights import read_chunks, write_shard
 from zconvert.tidar.settings import TidarSettings
-
-__all__ = ["GENERATION_CONFIG", "Report", "carry_out", "convert_init", "generation_patch"]
 
 
 @dataclass(frozen=True)

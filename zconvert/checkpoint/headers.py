@@ -42,7 +42,8 @@ DTYPE_BITS = {
 
 _DAMAGED = "the file is damaged or incomplete: download or copy it again"
 _LFS_POINTER = b"version https://git-lfs"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+"""how the names of weight files end that could run any code when they are read"""
 
 
 class TensorInfo(NamedTuple):
@@ -328,7 +329,7 @@ def _compare_with_index(index: Path, weight_map: dict[str, str], tensors: dict[s
 
 def _no_weights(folder: Path, names: Iterable[str]) -> UserError:
     expected = f"{SINGLE_FILE}, or {INDEX_FILE} and its shards"
-    pickles = sorted(name for name in names if name.endswith(_PICKLES) and not name.startswith("training_args"))
+    pickles = sorted(name for name in names if name.endswith(PICKLES) and not name.startswith("training_args"))
     others = sorted(name for name in names if name.endswith((".safetensors", ".gguf")))
     if others:
         fix = "convert to the Hugging Face layout: load with transformers and save with `save_pretrained`"

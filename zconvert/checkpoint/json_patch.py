@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,18 @@ class _Item:
     end: int
 
 
-def read_json_text(path: Path) -> str:
+def read_json_text(path: Path, shorten: Callable[[bytes], bytes] = lambda content: content) -> str:
     """The text of a JSON file, line ends as they are.
+
+    Args:
+        path: of the file, in a checkpoint's folder.
+        shorten: takes out what nobody asks for, before the rest becomes text.
 
     Raises:
         UserError: the file cannot be read (see `read_small`), or is not UTF-8.
     """
     try:
-        return read_small(path).decode("utf-8")
+        return shorten(read_small(path)).decode("utf-8")
     except OSError as error:
         raise UserError(
             f"{path} cannot be read", found=error.strerror, fix="check the path and its permissions"
@@ -73,6 +78,15 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: the file cannot be read, or is malformed.
     """
     return parse_json_object(read_json_text(path), str(path)) if path.exists() else {}
+
+
+def read_named_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file that the user named, which, unlike a checkpoint's own, may be a link to anywhere.
+
+    Raises:
+        UserError: the file cannot be read, or is malformed.
+    """
+    return parse_json_object(read_json_text(Path(os.path.realpath(path))), str(path))
 
 
 def patch_json(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from zconvert.checkpoint.headers import (
     INDEX_FILE,
+    PICKLES,
     FolderFiles,
     Headers,
     Shard,
@@ -19,7 +20,6 @@ from zconvert.checkpoint.verdict import sentence
 from zconvert.errors import UserError
 
 _EXAMPLES = 5
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def list_tensors(source: Source) -> Listing:
 
 def _pickled(source: Source, error: UserError) -> Listing | None:
     names = (source.files or FolderFiles(source.folder)).names()
-    if any(name.endswith(".safetensors") for name in names) or not any(name.endswith(_PICKLES) for name in names):
+    if any(name.endswith(".safetensors") for name in names) or not any(name.endswith(PICKLES) for name in names):
         return None
     return Listing(Headers({}, ()), None, sentence(error))
 

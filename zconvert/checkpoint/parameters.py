@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from zconvert.checkpoint.anatomy import experts_of, language_model, layers_of
+from zconvert.checkpoint.anatomy import experts_of, layers_of
 from zconvert.checkpoint.headers import Headers, TensorInfo
 from zconvert.checkpoint.quantisation import parameters_in, quantisation
+from zconvert.tidar.families import language_config
 
 INPUT_EMBEDDINGS = (
     *("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight"),
@@ -41,7 +42,7 @@ def count_parameters(headers: Headers, config: dict[str, Any]) -> dict[str, int 
         tensors[head.name] = 0
     total = sum(tensors.values())
     outer = sum(tensors[t.name] for t in (embedding, head) if t)
-    inner = language_model(config)
+    inner = language_config(config)
     experts, ahead = experts_of(inner) or {}, _ahead(embedding, layers_of(inner))
     num, per_token = experts.get("num"), experts.get("per_token")
     routed: Counter[int] = Counter()  # parameters by the number of experts that share them
@@ -80,7 +81,7 @@ def is_routed(tensor: TensorInfo, num_experts: int | None) -> bool:
 
 def moe_layers(headers: Headers, config: dict[str, Any]) -> int:
     """How many layers have routed experts, without those for multi-token prediction."""
-    inner = language_model(config)
+    inner = language_config(config)
     num = (experts_of(inner) or {}).get("num")
     ahead = _ahead(find_tensor(headers, INPUT_EMBEDDINGS), layers_of(inner))
     found: set[str] = set()
@@ -107,7 +108,7 @@ def find_tensor(headers: Headers, endings: Iterable[str]) -> TensorInfo | None:
 
 def is_tied(headers: Headers, config: dict[str, Any]) -> bool:
     """Whether the head is the input embedding: it is not stored, or config.json says so."""
-    declared = config.get("tie_word_embeddings", language_model(config).get("tie_word_embeddings"))
+    declared = config.get("tie_word_embeddings", language_config(config).get("tie_word_embeddings"))
     return find_tensor(headers, OUTPUT_EMBEDDINGS) is None or declared is True
 
 

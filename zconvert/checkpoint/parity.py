@@ -111,8 +111,8 @@ def weights_in_memory(tensors: Tensors, dtype: str) -> int:
     return sum(t.items * 4 if dtype == "float32" else t.bytes for t in tensors.values())
 
 
-def why_not(tensors: Tensors) -> str | None:
-    """Why auto leaves the logits of a model out; None where it compares them."""
+def too_large_to_run(tensors: Tensors) -> str | None:
+    """Why a model is not run to be verified, where nobody insists; None: it is."""
     needed, free = weights_in_memory(tensors, "float32"), free_memory()
     if needed > AUTO_LOGITS_BYTES:
         return f"the model is large: {needed / 1e9:.3g} GB in float32"

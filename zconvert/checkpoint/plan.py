@@ -23,10 +23,9 @@ from zconvert.checkpoint.source import Source, headers_of, read_config, tidar_se
 from zconvert.checkpoint.verdict import require_convertible
 from zconvert.checkpoint.weights import index_patch, patch_config, shard_size
 from zconvert.errors import UserError
-from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, GatedParts, TidarSettings, check_proposals
+from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, DEFAULT_MASK_INIT, GatedParts, TidarSettings, check_proposals
 
 GENERATION_CONFIG = "generation_config.json"
-DEFAULT_MASK_INIT = "mean"
 Action = Literal["link", "reflink", "copy", "copy + patch", "rewrite", "patch JSON", "new"]
 """what happens to a file; that a disk has reflinks shows in the doing, so that a plan says link"""
 

@@ -26,7 +26,7 @@ class _NoZconvert:
 
 def main() -> None:
     """Reads the request from stdin and writes the answer to stdout."""
-    sys.meta_path.insert(0, _NoZconvert())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _NoZconvert())
     import torch
     import transformers
     from safetensors.torch import save_file

@@ -53,7 +53,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     return up_to_date(read_json(path), path, PROVENANCE)
 
 
-def carried_on(base: Path, settings: TidarSettings, entry: Mapping[str, Any] | None = None) -> str | None:
+def carried_on(base: Path, settings: TidarSettings, entry: Mapping[str, Any] | None) -> str | None:
     """The base's document for a checkpoint trained from it: another stage, and no word of weights that it had.
 
     Args:

@@ -58,7 +58,7 @@ def quantisation(config: dict[str, Any], headers: Headers) -> Quantisation | Non
     return Quantisation(method, _bits(method, section), len(packed))
 
 
-def quantisation_of(config: dict[str, Any], headers: Headers, *, gated: bool = False) -> str | None:
+def quantisation_problem(config: dict[str, Any], headers: Headers, *, gated: bool) -> str | None:
     """Why a checkpoint's quantisation keeps it from being converted, with what to do; None where it is not quantised.
 
     Args:

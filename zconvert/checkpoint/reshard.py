@@ -45,7 +45,7 @@ class Layout:
         return any(t.shard != self.source.tensors[name].shard for name, t in self.tensors.items())
 
 
-def plan_layout(headers: Headers, dtype: str = "source", max_shard_size: int | None = None) -> Layout:
+def plan_layout(headers: Headers, dtype: str, max_shard_size: int | None) -> Layout:
     """Works out the files of an export.
 
     Args:
@@ -73,9 +73,7 @@ def plan_layout(headers: Headers, dtype: str = "source", max_shard_size: int | N
     return Layout(headers, moved)
 
 
-def write_layout(
-    source: Path, folder: Path, layout: Layout, on_shard: Callable[[str, int, int], None] = lambda *_: None
-) -> None:
+def write_layout(source: Path, folder: Path, layout: Layout, on_shard: Callable[[str, int, int], None]) -> None:
     """Writes the files of a layout, a tensor at a time, and their index where there are several.
 
     Args:

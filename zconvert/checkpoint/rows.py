@@ -35,7 +35,7 @@ class TokenRows:
         mask: MaskToken,
         vocabulary: Vocabulary,
         *,
-        frozen: bool = False,
+        frozen: bool,
     ) -> None:
         """Finds the tensors.
 

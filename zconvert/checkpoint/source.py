@@ -13,7 +13,7 @@ from typing import Any
 
 from zconvert.checkpoint.headers import Headers, ShardFiles, read_headers
 from zconvert.checkpoint.hub import Progress, fetch, hub_files
-from zconvert.checkpoint.small_files import read_small
+from zconvert.checkpoint.json_patch import parse_json_object, read_json_text
 from zconvert.errors import UserError
 from zconvert.formats import up_to_date
 from zconvert.tidar.families import language_config
@@ -116,23 +116,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_FILE
     try:
-        config = json.loads(read_small(path).decode("utf-8"))
-    except FileNotFoundError:
-        raise _no_checkpoint(folder) from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read", found=error.strerror, fix="check its permissions") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not JSON", found=error, expected="a JSON object", fix="download or copy the file again"
-        ) from error
-    if not isinstance(config, dict):
-        raise UserError(
-            f"{path} is not a model's configuration",
-            found=f"a JSON {type(config).__name__}",
-            expected="a JSON object",
-            fix="download or copy the file again",
-        )
-    return config
+        return parse_json_object(read_json_text(path), str(path))
+    except UserError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise _no_checkpoint(folder) from None
+        raise
 
 
 def tidar_settings(config: dict[str, Any]) -> TidarSettings | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from zconvert.checkpoint.small_files import read_small
+from zconvert.checkpoint.json_patch import read_json_text
 from zconvert.errors import UserError
 
 _MOST_GROWTH = 1000
@@ -28,15 +28,7 @@ def read_without_merges(path: Path) -> str:
     Raises:
         UserError: the file cannot be read, or is not UTF-8.
     """
-    try:
-        return _MERGES.sub(b'"merges":[]', read_small(path)).decode("utf-8")
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read", found=error.strerror, fix="check the path and its permissions"
-        ) from error
-    except UnicodeDecodeError as error:
-        fix = "download or copy the file again"
-        raise UserError(f"{path} is not a JSON file", found=str(error), expected="UTF-8 text", fix=fix) from error
+    return read_json_text(path, lambda content: _MERGES.sub(b'"merges":[]', content))
 
 
 def check_growth(document: dict[str, Any], path: Path) -> None:

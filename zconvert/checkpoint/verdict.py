@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from zconvert.checkpoint.headers import Headers
-from zconvert.checkpoint.quantisation import quantisation_of
+from zconvert.checkpoint.quantisation import quantisation_problem
 from zconvert.errors import UserError
 from zconvert.tidar.families import FAMILIES, REFUSED, judge
 
@@ -18,7 +18,7 @@ def refusal(config: dict[str, Any], headers: Headers | None = None, *, gated: bo
         headers: its tensors; None where they are not known yet.
         gated: the conversion leaves every weight as it is.
     """
-    packed = quantisation_of(config, headers or Headers({}, ()), gated=gated)
+    packed = quantisation_problem(config, headers or Headers({}, ()), gated=gated)
     return own_code_of(config) or judge(config).reason or packed
 
 

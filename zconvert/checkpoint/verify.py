@@ -24,7 +24,7 @@ from zconvert.checkpoint.compare import Range, around, first_difference
 from zconvert.checkpoint.headers import Headers, Shard, TensorInfo, read_headers
 from zconvert.checkpoint.json_patch import read_json
 from zconvert.checkpoint.mask_token import TOKENIZER_FILE, choose_mask_token, read_vocabulary, tokenizer_patches
-from zconvert.checkpoint.parity import NotComparable, compare_logits, free_memory, weights_in_memory, why_not
+from zconvert.checkpoint.parity import NotComparable, compare_logits, free_memory, too_large_to_run, weights_in_memory
 from zconvert.checkpoint.plan import GENERATION_CONFIG, Plan
 from zconvert.checkpoint.rows import Floats, as_stored
 from zconvert.checkpoint.source import read_config, tidar_settings
@@ -100,7 +100,7 @@ def verify(
             compared += _check_shard(plan, folder, new, shard, edits)
     compared += _check_copies(plan, folder)
     _check_texts(plan, folder, new)
-    skipped = why_not(plan.tensors) if level == "auto" else None
+    skipped = too_large_to_run(plan.tensors) if level == "auto" else None
     if level == "bytes" or skipped is not None:
         return Verified("bytes", linked, compared, logits_skipped=skipped)
     tell("Comparing logits")

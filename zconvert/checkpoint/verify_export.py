@@ -23,7 +23,7 @@ from zconvert.checkpoint import probe
 from zconvert.checkpoint.headers import read_headers
 from zconvert.checkpoint.json_patch import read_json
 from zconvert.checkpoint.mask_token import choose_mask_token, read_vocabulary, tokenizer_patches
-from zconvert.checkpoint.parity import PROBE_TEXT, probe_ids, why_not
+from zconvert.checkpoint.parity import PROBE_TEXT, probe_ids, too_large_to_run
 from zconvert.checkpoint.plan import GENERATION_CONFIG
 from zconvert.checkpoint.source import Source, read_config, require_converted
 from zconvert.errors import UserError
@@ -38,9 +38,7 @@ _TIE = 1e-3
 _LISTED = 2000
 
 
-def verify_export(
-    checkpoint: Source, folder: Path, *, cast: bool = False, tell: Callable[[str], None] = lambda _: None
-) -> dict[str, Any]:
+def verify_export(checkpoint: Source, folder: Path, *, cast: bool, tell: Callable[[str], None]) -> dict[str, Any]:
     """Verifies an export.
 
     Args:
@@ -59,7 +57,7 @@ def verify_export(
     """
     settings = require_converted(checkpoint)
     check_files(folder, settings)
-    skipped = why_not(read_headers(folder).tensors)
+    skipped = too_large_to_run(read_headers(folder).tensors)
     if skipped is not None:
         return {"positions": 0, "difference": None, "prompts": 0, "transformers": None, "skipped": skipped}
     tell("Verifying: the checkpoint's logits")

@@ -72,6 +72,7 @@ def command(
         ),
     ] = None,
     block_size: options.BlockSize = None,
+    compiled: options.CompileOption = None,
     mix_weight: Annotated[
         list[float] | None,
         typer.Option(
@@ -129,6 +130,7 @@ def command(
     Every combination of the options that may be given several times is measured. `--json > bench.json` keeps the
     numbers for `export --results`, which puts them into the model card.
     """
+    options.require_fixed(mode or [], compiled)
     sets = [options.accepted_counts(each, block_size) for each in dict.fromkeys(proposals or [])] or [None]
     from zconvert.serving.batch import Row, read_rows, row_ids
 
@@ -195,6 +197,7 @@ def command(
             known=known,
             baseline=None if plain is None else LayoutModel(plain),
             assistant=helper,
+            compiled=None if compiled is None else str(compiled),
             on_progress=lambda done, total: bars.update(task, completed=done, total=total),
         )
     document = {"checkpoint": source.name, "revision": source.revision, "baseline": baseline, **measured}
@@ -216,7 +219,7 @@ def show(document: dict[str, Any]) -> None:
     out.print(
         f"{plural(document['prompts'], 'prompt')}; {document['dtype']} on {document['device']}, "
         f"{plural(document['threads'], 'thread')}; temperature {document['temperature']:g}; "
-        f"blocks of {document['block_size']}"
+        f"blocks of {document['block_size']}{'' if document['compiled'] is None else '; decoder compiled'}"
     )
     if document["mode"] == "gated":
         out.print("gated: AR is the source itself, and so lossless text is the source's")

@@ -17,9 +17,8 @@ from zconvert.cli.ui import err, out, plural, print_error
 from zconvert.data.chat import asking_ids, template_of
 from zconvert.errors import UserError
 from zconvert.serving.text import GrowingText
-from zconvert.tidar.decoding import DecodePlan, Request
+from zconvert.tidar.decoding import Request
 from zconvert.tidar.engine import Engine
-from zconvert.tidar.model import LayoutModel
 
 _RESET = "/reset and begin anew"
 
@@ -45,9 +44,8 @@ class Chat:
     """A conversation with a checkpoint.
 
     Args:
-        model: of the checkpoint.
+        engine: of the checkpoint, with nothing to do.
         tokenizer: its own, with a chat template.
-        plan: of decoding.
         max_new_tokens: of an answer, at most.
         stops: strings that end an answer.
         seed: of the first answer; each later one has the next.
@@ -55,9 +53,8 @@ class Chat:
         context: tokens of the conversation and an answer, at most; None: no limit.
     """
 
-    model: LayoutModel
+    engine: Engine
     tokenizer: Any
-    plan: DecodePlan
     max_new_tokens: int
     stops: list[str]
     seed: int | None
@@ -100,7 +97,7 @@ class Chat:
         text, tally = GrowingText(self.tokenizer, prompt, self.stops), Tally()
         with _interrupts() as interrupted:
             written, result = write(
-                Engine(self.model, self.plan, max_batch=1),
+                self.engine,
                 Request(prompt, self.max_new_tokens, seed=seed),
                 text,
                 self.show,

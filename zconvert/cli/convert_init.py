@@ -13,7 +13,7 @@ from rich.text import Text
 from zconvert.checkpoint.source import resolve
 from zconvert.cli import options
 from zconvert.cli.ui import err, out, print_json, show_facts, show_table, size
-from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, MAX_BLOCK_SIZE, GatedParts
+from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, DEFAULT_MASK_INIT, MAX_BLOCK_SIZE, GatedParts
 
 if TYPE_CHECKING:
     from zconvert.checkpoint.graft import Report
@@ -23,13 +23,6 @@ if TYPE_CHECKING:
 _RECIPE_SUFFIXES = (".yaml", ".yml")
 _BESIDE_A_RECIPE = ("checkpoint", "token", "copy", "verify", "dry_run", "as_json")
 """parameters that do not change what is made, only how"""
-
-
-class Mode(StrEnum):
-    """Values of --mode."""
-
-    FULL = "full"
-    GATED = "gated"
 
 
 class Verify(StrEnum):
@@ -65,15 +58,16 @@ def command(
     ] = None,
     mask_init: Annotated[
         str, typer.Option(help="Start value of its embedding row: mean, zero, random or copy:<token>.")
-    ] = "mean",
+    ] = DEFAULT_MASK_INIT,
     proposals: Annotated[
         str | None,
         typer.Option(metavar="1,3,5", help="Accepted counts that get a block of drafts in decoding. Default: all."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of --mask-init random.")] = 0,
     mode: Annotated[
-        Mode, typer.Option(help="full: training moves every weight. gated: the source stays, small weights are added.")
-    ] = Mode.FULL,
+        options.Conversion,
+        typer.Option(help="full: training moves every weight. gated: the source stays, small weights are added."),
+    ] = options.Conversion.FULL,
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy weight files that do not change, too, instead of linking them.")
     ] = False,
@@ -105,7 +99,8 @@ def command(
         from zconvert.checkpoint.plan import Choices
 
         wanted: str | int | None = int(mask_token) if mask_token is not None and mask_token.isdecimal() else mask_token
-        choices = Choices(block_size, wanted, mask_init, seed, counts, GatedParts() if mode is Mode.GATED else None)
+        gated = GatedParts() if mode is options.Conversion.GATED else None
+        choices = Choices(block_size, wanted, mask_init, seed, counts, gated)
     if output is None:
         raise typer.BadParameter("missing, say which folder to write", param_hint="--out")
     plan = _plan(checkpoint, output, choices, copy=copy, dry_run=dry_run, revision=revision, token=token)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from zconvert.checkpoint.json_patch import read_named_json
 from zconvert.checkpoint.source import Source, resolve
 from zconvert.cli import options
 from zconvert.cli.ui import err, out, print_json, show_facts, show_table, size
@@ -118,7 +118,7 @@ def command(
         _merge(resolve(checkpoint, revision=revision, token=token), output, as_json)
         return
     choices: dict[str, Any] = {
-        "results": _read_results(results),
+        "results": None if results is None else read_named_json(results),
         "dtype": "source" if dtype is options.Dtype.AUTO else str(dtype),
         "max_shard_size": None if max_shard_size is None else options.size_in_bytes(max_shard_size, "--max-shard-size"),
         "verify": verify,
@@ -159,12 +159,6 @@ def _check_usage(
         raise typer.BadParameter("nothing is exported with --merge-to-ar or --check", param_hint=given(shaping)[0])
     if hub is not None and hub.count("/") != 1:
         raise typer.BadParameter(f"{hub!r} is no repository, such as org/name", param_hint="--hub")
-
-
-def _read_results(path: Path | None) -> dict[str, Any] | None:
-    from zconvert.checkpoint.json_patch import parse_json_object, read_json_text
-
-    return None if path is None else parse_json_object(read_json_text(Path(os.path.realpath(path))), str(path))
 
 
 def _check(source: Source, wanted: EngineName, as_json: bool) -> None:

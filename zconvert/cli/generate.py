@@ -49,6 +49,7 @@ def command(
     sampler: options.SamplerOption = options.Sampler.LOSSLESS,
     mix_weight: options.MixWeight = None,
     mode: options.ModeOption = options.Mode.SINGLE,
+    compiled: options.CompileOption = None,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy.", rich_help_panel=options.SAMPLING)] = 0.0,
     top_k: Annotated[
         int, typer.Option(min=0, help="Sample among the N likeliest tokens; 0: all.", rich_help_panel=options.SAMPLING)
@@ -96,12 +97,13 @@ def command(
     text = _one_prompt(prompt, prompt_option)
     _check_uses(text is not None, prompts, output, chat, blocks, as_json)
     counts = options.accepted_counts(proposals, block_size)
+    options.require_fixed([mode], compiled)
     if stop and "" in stop:
         raise typer.BadParameter("it is empty: no text comes before it", param_hint="--stop")
     settings = require_converted(source := resolve(checkpoint, revision=revision, token=token))
     if text is None and prompts is None and not chat:
         text = _read_stdin()
-    with err.status(Text(f"Loading {checkpoint} …")):
+    with err.status(Text(f"Loading {checkpoint} …")) as status:
         plan = options.plan(  # before the weights are read, which can take minutes
             settings,
             sampler,
@@ -119,7 +121,6 @@ def command(
         from zconvert.serving.batch import Settings, read_rows, rows_done, write_texts
         from zconvert.serving.text import GrowingText
         from zconvert.tidar.decoding import Request
-        from zconvert.tidar.engine import Engine
         from zconvert.tidar.generate import layout_model_of
 
         if chat:
@@ -129,17 +130,18 @@ def command(
             ctx.with_resource(own_file(output))
         done = set() if output is None else rows_done(output, rows)
         model, tokenizer = load_model(source, dtype=str(dtype), device=str(device))
-    plan = replace(plan, eos_token_ids=end_token_ids(model, tokenizer))
-    layout_model, stops = layout_model_of(model), stop or []
-    context = context_of(language_config(read_config(source.folder)))
+        plan = replace(plan, eos_token_ids=end_token_ids(model, tokenizer))
+        layout_model, at_once = layout_model_of(model), 1 if output is None else batch_size
+        if compiled is not None:
+            status.update("Compiling the decoder …")
+        engine = options.engine_maker(layout_model, plan, mode, compiled, settings, source.folder, at_once)()
+    stops, context = stop or [], context_of(language_config(read_config(source.folder)))
 
     show = show_nothing if as_json else show_blocks if blocks else show_plain
     if chat:
-        Chat(layout_model, tokenizer, plan, max_new_tokens, stops, seed, show, context).talk()
+        Chat(engine, tokenizer, max_new_tokens, stops, seed, show, context).talk()
         return
     if output is not None:
-        replan = options.follow_machine(mode, layout_model, settings, source.folder, batch_size)
-        engine = Engine(layout_model, plan, max_batch=batch_size, replan=replan)
         shared = Settings(max_new_tokens, seed, stops, add_bos, context)
         with progress() as bars:
             task = bars.add_task("Decoding", completed=len(done), total=len(rows))
@@ -153,12 +155,7 @@ def command(
     assert text is not None
     ids, tally = prompt_ids(tokenizer, text, add_bos=add_bos), Tally()
     written, result = write(
-        Engine(
-            layout_model,
-            plan,
-            max_batch=1,
-            replan=options.follow_machine(mode, layout_model, settings, source.folder, 1),
-        ),
+        engine,
         Request(ids, max_new_tokens, seed=seed),
         GrowingText(tokenizer, ids, stops),
         show,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,6 +52,20 @@ class Mode(StrEnum):
     AUTO = "auto"
 
 
+class Conversion(StrEnum):
+    """Values of --mode where a checkpoint is converted, or trained."""
+
+    FULL = "full"
+    GATED = "gated"
+
+
+class Compile(StrEnum):
+    """Values of --compile, modes of torch.compile."""
+
+    DEFAULT = "default"
+    REDUCE_OVERHEAD = "reduce-overhead"
+
+
 DECODING = "Decoding"
 SAMPLING = "Sampling"
 MACHINE = "Machine and Hub"
@@ -96,6 +110,14 @@ ModeOption = Annotated[
     Mode,
     typer.Option(
         help="single: forwards verify and draft at once; two: they take turns; auto: whichever is faster here.",
+        rich_help_panel=DECODING,
+    ),
+]
+CompileOption = Annotated[
+    Compile | None,
+    typer.Option(
+        "--compile",
+        help="Compile the decoder first (minutes), for faster forwards. reduce-overhead: with CUDA graphs.",
         rich_help_panel=DECODING,
     ),
 ]
@@ -265,13 +287,49 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
     return found
 
 
-def follow_machine(
-    mode: Mode, model: LayoutModel, settings: TidarSettings, folder: Path, batch_size: int
-) -> Callable[[Engine], None] | None:
-    """What --mode auto sets an engine's plan by, after timing this machine where that was not done yet; else None."""
-    if mode is not Mode.AUTO:
-        return None
-    from zconvert.serving.timing import known_of
-    from zconvert.serving.tuning import AutoPlan
+def require_fixed(modes: Iterable[Mode], compiled: Compile | None) -> None:
+    """Refuses to compile what changes as it goes.
 
-    return AutoPlan(known_of(model, settings, batch_size, folder), settings)
+    Raises:
+        typer.BadParameter: it would have to.
+    """
+    if compiled is not None and Mode.AUTO in modes:
+        raise typer.BadParameter(
+            "--mode auto changes what would be compiled: `zconvert bench --tune` shows which mode to choose",
+            param_hint="--compile",
+        )
+
+
+def engine_maker(
+    model: LayoutModel,
+    plan: DecodePlan,
+    mode: Mode,
+    compiled: Compile | None,
+    settings: TidarSettings,
+    folder: Path,
+    batch_size: int,
+) -> Callable[[], Engine]:
+    """What makes the engine that these options ask for. --mode auto times this machine now, where nobody did yet.
+
+    Args:
+        model: of the checkpoint.
+        plan: see `plan`.
+        mode: of --mode.
+        compiled: of --compile; the first engine takes minutes then.
+        settings: of the checkpoint.
+        folder: of the checkpoint.
+        batch_size: texts decoded at a time.
+    """
+    from zconvert.tidar.engine import Engine
+
+    if compiled is not None:
+        from zconvert.serving.compiled import compiled_engine
+
+        return lambda: compiled_engine(model, plan, batch_size, str(compiled))
+    replan = None
+    if mode is Mode.AUTO:
+        from zconvert.serving.timing import known_of
+        from zconvert.serving.tuning import AutoPlan
+
+        replan = AutoPlan(known_of(model, settings, batch_size, folder), settings)
+    return lambda: Engine(model, plan, max_batch=batch_size, replan=replan)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zconvert.checkpoint.folder import write_file
+from zconvert.checkpoint.json_patch import read_named_json
 from zconvert.cli import options
 from zconvert.cli.ui import err, out, print_json, show_table
 from zconvert.errors import UserError
@@ -44,13 +43,6 @@ _TRAINING = "Training"
 _UNITS = ("gigabytes", "gigaflops", "milliseconds")
 
 
-class Mode(StrEnum):
-    """Values of --mode."""
-
-    FULL = "full"
-    GATED = "gated"
-
-
 def command(
     targets: Annotated[
         list[str],
@@ -74,7 +66,7 @@ def command(
         typer.Option(metavar="600B", help="Clean tokens to train on, in each stage.", rich_help_panel=_TRAINING),
     ] = None,
     mode: Annotated[
-        Mode | None,
+        options.Conversion | None,
         typer.Option(
             help="full: every weight is trained; gated: the source is frozen. Default: the checkpoint's, else full.",
             rich_help_panel=_TRAINING,
@@ -228,11 +220,11 @@ class _Measured:
 
 def _measure(target: Target, bench: Path | None, trained: Workload | None) -> _Measured:
     """Measures the device at hand; how fast it trains too, where that is the CPU that training is planned on."""
-    document = None if bench is None else read_json(Path(os.path.realpath(bench)))
     import torch
 
     from zconvert.planning import calibrate as library
 
+    document = None if bench is None else read_named_json(bench)  # before minutes of measuring
     name = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "bfloat16" if name == "cuda" else "float32"
     with err.status(Text("Measuring this device …")):
@@ -259,17 +251,6 @@ def _whole(target: Target, device: str, dtype: str) -> Any:
     from zconvert.tidar.generate import layout_model_of
 
     return layout_model_of(load_model(resolve(target.folder), dtype=dtype, device=device)[0])
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A document of bench.
-
-    Raises:
-        UserError: it cannot be read, or is none.
-    """
-    from zconvert.checkpoint.json_patch import parse_json_object, read_json_text
-
-    return parse_json_object(read_json_text(path), str(path))
 
 
 def parse_count(text: str) -> float:
@@ -310,7 +291,7 @@ def _stages(
     target: Target,
     recipes: list[Any],
     block_size: int,
-    mode: Mode | None,
+    mode: options.Conversion | None,
     sequence_len: int | None,
     source_bits: int | None,
     *,
@@ -318,7 +299,7 @@ def _stages(
 ) -> list[Workload]:
     parts = target.settings.gated if target.settings is not None else None
     if mode is not None:
-        parts = None if mode == Mode.FULL else parts or GatedParts()
+        parts = None if mode == options.Conversion.FULL else parts or GatedParts()
     if source_bits is not None and parts is None:
         raise typer.BadParameter("only a frozen source is packed: add --mode gated", param_hint="--source-bits")
     works = [workload_of(recipe, block_size, parts) for recipe in recipes]

@@ -47,6 +47,7 @@ def command(
     sampler: options.SamplerOption = options.Sampler.LOSSLESS,
     mix_weight: options.MixWeight = None,
     mode: options.ModeOption = options.Mode.SINGLE,
+    compiled: options.CompileOption = None,
     proposals: options.Proposals = None,
     block_size: options.BlockSize = None,
     dtype: options.DtypeOption = options.Dtype.AUTO,
@@ -68,6 +69,7 @@ def command(
             fix="pip install 'zconvert[serve]'",
         ) from error
 
+    options.require_fixed([mode], compiled)
     settings = require_converted(source := resolve(checkpoint, revision=revision, token=token))
     api_key = os.environ.get(API_KEY) or None
     guarded = api_key is not None or _is_loopback(host)
@@ -79,7 +81,6 @@ def command(
         from zconvert.serving.encoding import Served
         from zconvert.serving.server import Limits, Service
         from zconvert.serving.worker import Worker
-        from zconvert.tidar.engine import Engine
         from zconvert.tidar.generate import layout_model_of
 
         model, tokenizer = load_model(source, dtype=str(dtype), device=str(device))
@@ -93,8 +94,11 @@ def command(
             vocabulary=model.get_input_embeddings().num_embeddings,
         )
         layout_model = layout_model_of(model)
-        replan = options.follow_machine(mode, layout_model, settings, source.folder, batch_size)
-        worker = Worker(lambda: Engine(layout_model, plan, max_batch=batch_size, replan=replan))
+        if compiled is not None:
+            status.update("Compiling the decoder …")
+        make = options.engine_maker(layout_model, plan, mode, compiled, settings, source.folder, batch_size)
+        make()  # what can go wrong does so before anybody is served; the worker makes its own, in its own thread
+        worker = Worker(make)
         limits = Limits(places=batch_size + max_queue, timeout=timeout, grace=grace)
         url = f"http://{f'[{host}]' if ':' in host else host}:{address.getsockname()[1]}/v1"
         server = Server(

@@ -12,11 +12,10 @@ from torch import Tensor
 from zconvert.data.documents import Documents
 from zconvert.data.streams import DocumentStream, Piece, Shuffled
 from zconvert.errors import UserError
+from zconvert.tidar.layout import PADDING
 
 OPEN_ROWS = 16
 """rows that are filled at the same time; more packs tighter and delays documents longer"""
-PADDING = -1
-"""document_id of padding"""
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def read_prompts(rules: Rules, on_message: OnMessage | None) -> list[list[int]]:
         raise UserError(
             "there are no prompts to go on from",
             found=f"no rows in {dataset.prompts_path}",
-            fix="check prompts_path of the dataset in the recipe",
+            fix="check datasets[].self_generated.prompts in the recipe",
         )
     return prompts
 

@@ -156,7 +156,7 @@ class Streamed:
         block_rows: int,
         seed: int | str,
         identity: str,
-        vocabulary_rows: int | None = None,
+        vocabulary_rows: int | None,
     ) -> None:
         """Reads nothing yet.
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from zconvert.evaluation.stock import StockDecoder
+from zconvert.serving.compiled import compiled_engine
 from zconvert.serving.timing import Known
 from zconvert.serving.tuning import AutoPlan
 from zconvert.tidar.acceptance import Sampling
@@ -135,6 +136,7 @@ def bench(
     known: Known | None = None,
     baseline: LayoutModel | None = None,
     assistant: Any = None,
+    compiled: str | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Decodes every prompt in every way, and compares them. Each way first decodes a little untimed.
@@ -150,6 +152,7 @@ def bench(
         known: of decoding the checkpoint here, for `auto`.
         baseline: another model, the source say, to decode by plain AR and to compare texts with.
         assistant: a model of transformers that drafts for assisted decoding.
+        compiled: mode of torch.compile for all that our own engine does; None: nothing is compiled.
         on_progress: told after each turn.
 
     Returns:
@@ -165,7 +168,7 @@ def bench(
     if not prompts:
         raise ValueError("there are no prompts")
     decoders = {
-        point: _decoder(point, model, settings, eos_token_ids, temperature, known, baseline, assistant)
+        point: _decoder(point, model, settings, eos_token_ids, temperature, known, baseline, assistant, compiled)
         for point in wanted
     }
     tallies = {point: _Tally() for point in wanted}
@@ -191,6 +194,7 @@ def bench(
         "dtype": str(model.model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "threads": torch.get_num_threads(),
+        "compiled": compiled,
         "results": [_entry(point, tallies, greedy=temperature == 0, settings=settings) for point in wanted],
     }
 
@@ -214,6 +218,7 @@ def _decoder(
     known: Known | None,
     baseline: LayoutModel | None,
     assistant: Any,
+    compiled: str | None,
 ) -> Decoder:
     if point.mode in ("stock", "prompt_lookup", "assisted"):
         stock = StockDecoder(model.model, point.mode, eos, settings.mask_token_id, temperature, assistant)
@@ -227,7 +232,10 @@ def _decoder(
     if point.mode == "baseline":
         assert baseline is not None
         model = baseline
-    engine = Engine(model, plan, max_batch=point.batch_size)
+    if compiled is not None:
+        engine = compiled_engine(model, plan, point.batch_size, compiled)
+    else:
+        engine = Engine(model, plan, max_batch=point.batch_size)
     if point.mode == "auto":
         assert known is not None
         engine.replan = AutoPlan(known, settings)

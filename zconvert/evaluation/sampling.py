@@ -149,9 +149,9 @@ def make_samples(
     tokenizer: Any,
     *,
     n: int,
-    seed: int = 0,
-    batch_size: int = 8,
-    on_progress: Callable[[Progress], None] | None = None,
+    seed: int,
+    batch_size: int,
+    on_progress: Callable[[Progress], None] | None,
 ) -> None:
     """Makes the samples that are still missing; each is in its file as soon as its text ends.
 
@@ -160,7 +160,7 @@ def make_samples(
     Args:
         folder: of the evaluation.
         asked: from `ask`.
-        columns: from `columns_of`.
+        columns: the ways to decode.
         tokenizer: the checkpoint's.
         n: samples of each problem.
         seed: of the random numbers. A sample's depend on it, the task, the problem and its number, and on nothing else.

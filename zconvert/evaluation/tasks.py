@@ -9,6 +9,7 @@ import json
 import pickletools
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,10 +126,10 @@ def problems_of(task: Task, count: int | None = None) -> list[Problem]:
             found=f"no rows in {recipe.dataset.path}",
             fix="correct dataset: in the task, or give rows: NAME=FILE",
         )
-    twice = [p.id for p in problems if sum(p.id == other.id for other in problems) > 1] if recipe.id else []
-    if twice:
+    name, times = Counter(problem.id for problem in problems).most_common(1)[0]
+    if times > 1:
         raise UserError(
-            f"two problems of the task {task.name} have the same name", found=twice[0], fix="correct `id:` in its file"
+            f"two problems of the task {task.name} have the same name", found=name, fix="correct `id:` in its file"
         )
     return problems
 

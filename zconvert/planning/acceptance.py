@@ -62,7 +62,7 @@ class Yield:
     """those among them that are drafts, or the token before them; the others are mask slots"""
 
 
-def flat_curve(accepted: float, block_size: int, source: str | None = None) -> Curve:
+def flat_curve(accepted: float, block_size: int) -> Curve:
     """The curve with one rate for all slots that yields so many tokens per forward.
 
     Raises:
@@ -82,7 +82,7 @@ def flat_curve(accepted: float, block_size: int, source: str | None = None) -> C
     for _ in range(60):
         rate = (low + high) / 2
         low, high = (rate, high) if sum(rate**k for k in range(block_size)) < accepted else (low, rate)
-    return Curve((1.0, *[(low + high) / 2] * (block_size - 1)), source or f"{accepted:g} tokens per forward")
+    return Curve((1.0, *[(low + high) / 2] * (block_size - 1)), f"{accepted:g} tokens per forward")
 
 
 def find_curve(text: str, block_size: int) -> Curve:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +43,6 @@ DEPTHS = (1, 2)
 _STEPS = 6
 _MOST_TRAINED = 4096
 """tokens of a forward whose training is timed"""
-
-OnProgress = Callable[[int, int], None]
-"""told after each round: rounds done, rounds in all"""
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,6 @@ def calibrate(
     rounds: int = 8,
     whole: Any = None,
     work: Workload | None = None,
-    on_progress: OnProgress | None = None,
 ) -> Calibrated:
     """Measures this device with models of a family.
 
@@ -88,7 +84,6 @@ def calibrate(
         rounds: how often each step is timed; the least tenth counts, as other work only ever adds.
         whole: the model itself, to be timed along and compared; None: not.
         work: a stage of training, whose speed is measured as well; None: not, and it stays unknown.
-        on_progress: told after each round.
 
     Raises:
         UserError: the family's shapes do not follow from its config, or its models cannot be made.
@@ -109,8 +104,6 @@ def calibrate(
                     took = _steps(model, size, proposals)
                     if done:  # the first round warms up
                         times.setdefault((depth, place), []).extend(took)
-            if on_progress is not None:
-                on_progress(done, rounds)
     samples: list[Sample] = []
     checks: list[Sample] = []
     for (depth, place), took in times.items():
@@ -126,7 +119,7 @@ def calibrate(
     return Calibrated(machine, fit(samples, machine, 4 if dtype == "float32" else 2), tuple(samples), tuple(checks))
 
 
-def measure_machine(device: str, dtype: str, weight_bytes: int = 2**26) -> Machine:
+def measure_machine(device: str, dtype: str, weight_bytes: int) -> Machine:
     """This device's rates.
 
     Args:
@@ -398,8 +391,3 @@ def _error(tokens: float, predicted: float, measured: float) -> dict[str, float]
         "measured_ms": 1e3 * measured,
         "error": predicted / measured - 1,
     }
-
-
-def worst(rows: Iterable[dict[str, Any]], key: str = "error") -> float:
-    """The largest error, whatever its sign; 0 where there is none."""
-    return max((abs(row[key]) for row in rows if key in row), default=0.0)

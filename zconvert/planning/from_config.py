@@ -68,10 +68,9 @@ class _Build:
     """what a config that does not say means"""
 
 
-_LLAMA = _Build()
-_DEEPSEEK = _Build(attention="latent", balancing="gate.e_score_correction_bias", shared="shared_experts")
-_INDEXED = _Build(attention="indexed", balancing="gate.e_score_correction_bias", shared="shared_experts")
 _SHARED: dict[str, Any] = {"balancing": "gate.e_score_correction_bias", "shared": "shared_experts"}
+_DEEPSEEK = _Build(attention="latent", **_SHARED)
+_INDEXED = _Build(attention="indexed", **_SHARED)
 _GRANITE: dict[str, Any] = {
     "block": "block_sparse_moe",
     "router": "router.weight",

@@ -20,7 +20,7 @@ small { color: #666 }
 """
 
 
-def heat_map(cells: Sequence[Cell], title: str, lines: Sequence[str] = ()) -> str:
+def heat_map(cells: Sequence[Cell], title: str, lines: Sequence[str]) -> str:
     """An HTML page with a map for each mode.
 
     Args:

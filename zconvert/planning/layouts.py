@@ -10,9 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from zconvert.planning.model import ModelFacts
 from zconvert.planning.workload import Workload
+
+if TYPE_CHECKING:
+    from zconvert.recipe import ParallelRecipe
 
 _MOST = 16
 """devices that share a row, or a layer's experts, at most: beyond that communication takes over"""
@@ -27,6 +31,11 @@ class Layout:
     """devices that hold one copy of the weights; 1: each holds everything"""
     context_parallel: int = 1
     expert_parallel: int = 1
+
+    @classmethod
+    def of(cls, said: ParallelRecipe, gpus: int) -> Layout:
+        """What the `parallel:` section of a recipe means on so many devices."""
+        return cls(gpus, said.fsdp or gpus, said.context_parallel, said.expert_parallel)
 
     @property
     def sharded(self) -> bool:
@@ -59,7 +68,7 @@ def layouts(model: ModelFacts, work: Workload, gpus: int) -> Iterator[tuple[Layo
     Where the stage's recipe says how devices share the work there is that one.
     """
     if (said := work.parallel) is not None:
-        found = [Layout(gpus, said.fsdp or gpus, said.context_parallel, said.expert_parallel)]
+        found = [Layout.of(said, gpus)]
     else:
         degrees = [2**power for power in range(_MOST.bit_length()) if 2**power <= min(gpus, _MOST)]
         found = [

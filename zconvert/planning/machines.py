@@ -50,7 +50,7 @@ class Machine(Section):
     )
     source: str = Field("", description="where the numbers come from")
 
-    def flops(self, dtype_bytes: float = 2) -> float:
+    def flops(self, dtype_bytes: float) -> float:
         """FLOP/s of matrix products at the data sheet, for numbers of that size."""
         if dtype_bytes > 2:
             return 1e12 * (self.fp32_tflops if self.fp32_tflops is not None else self.bf16_tflops / 2)

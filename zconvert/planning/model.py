@@ -11,25 +11,23 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from zconvert.checkpoint.anatomy import attention_of, cache_of, experts_of, language_model, layers_of
+from zconvert.checkpoint.anatomy import attention_of, cache_of, experts_of, layers_of
 from zconvert.checkpoint.headers import Headers, TensorInfo
 from zconvert.checkpoint.parameters import (
     INPUT_EMBEDDINGS,
-    OUTPUT_EMBEDDINGS,
     count_parameters,
     find_tensor,
     is_routed,
+    is_tied,
     moe_layers,
 )
 from zconvert.checkpoint.quantisation import parameters_in, quantisation
 from zconvert.errors import UserError
 from zconvert.planning.from_config import Shapes, shapes_from_config
-from zconvert.tidar.settings import GatedParts
+from zconvert.tidar.families import language_config
+from zconvert.tidar.settings import MIXERS, NOT_UPDATED, GatedParts
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d{1,9})\.([^.]+)\.(.+)$")
-_MIXERS = ("attn", "attention", "conv")
-_NOT_GATED = ("kv_b_proj", "indexer", "router")
-"""as in tidar/gated.py: which children of a layer mix tokens, and which of their projections get no update"""
 _TOWERS = re.compile(r"vision|audio|image|visual")
 
 
@@ -148,10 +146,10 @@ def facts_from_headers(headers: Headers, config: dict[str, Any], name: str) -> M
     Raises:
         UserError: sizes are missing.
     """
-    inner, packed = language_model(config), quantisation(config, headers)
+    inner, packed = language_config(config), quantisation(config, headers)
     counts = count_parameters(headers, config)
     layers, attention = layers_of(inner), attention_of(inner)
-    embedding, head = find_tensor(headers, INPUT_EMBEDDINGS), find_tensor(headers, OUTPUT_EMBEDDINGS)
+    embedding = find_tensor(headers, INPUT_EMBEDDINGS)
     if embedding is None or not layers or not counts["total"] or counts["active"] is None:
         missing = "an input embedding" if embedding is None else "num_hidden_layers" if not layers else "experts"
         raise UserError(
@@ -180,9 +178,9 @@ def facts_from_headers(headers: Headers, config: dict[str, Any], name: str) -> M
             mlps.add(number)
             continue
         shared += size
-        mixes = any(word in child for word in _MIXERS)
+        mixes = any(word in child for word in MIXERS)
         if len(tensor.shape) == 2 and last[-1] == "weight":
-            if mixes and not any(word in tensor.name.split(f".{number}.", 1)[1] for word in _NOT_GATED):
+            if mixes and not any(word in tensor.name.split(f".{number}.", 1)[1] for word in NOT_UPDATED):
                 projections.append((tensor.shape[1], tensor.shape[0]))
             elif not mixes:
                 mlps.add(number)
@@ -214,7 +212,7 @@ def facts_from_headers(headers: Headers, config: dict[str, Any], name: str) -> M
         moe_layers=sparse,
         hidden=hidden,
         vocabulary=rows,
-        tied=head is None or bool(config.get("tie_word_embeddings", inner.get("tie_word_embeddings"))),
+        tied=is_tied(headers, config),
         experts=num,
         experts_per_token=(experts.get("per_token") or 0) if num else 0,
         expert_parameters=routed // (sparse * num) if sparse and num else 0,

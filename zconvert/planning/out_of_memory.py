@@ -48,12 +48,7 @@ def too_little_for_training(recipe: TrainingRecipe, processes: int, said: str) -
     settings = target.settings
     assert settings is not None, "what is trained was converted"
     work = workload_of(recipe, settings.block_size, settings.gated if settings.mode == "gated" else None)
-    layout = Layout(
-        processes,
-        recipe.parallel.fsdp or processes,
-        recipe.parallel.context_parallel,
-        recipe.parallel.expert_parallel,
-    )
+    layout = Layout.of(recipe.parallel, processes)
     memory = memory_of(target.facts, work, layout)
     parts = sorted(memory.parts().items(), key=lambda part: -part[1])
     largest = [f"{name.replace('_', ' ')} {_gb(size)}" for name, size in parts if size > _MATTERS * memory.total]

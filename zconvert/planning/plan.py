@@ -122,8 +122,8 @@ def speed_map(
     model: ModelFacts,
     device: Device,
     curve: Curve,
-    batches: Sequence[int] = BATCHES,
-    contexts: Sequence[int] = CONTEXTS,
+    batches: Sequence[int],
+    contexts: Sequence[int],
     proposals: tuple[int, ...] | None = None,
 ) -> list[Cell]:
     """Predictions over batch and context; smaller blocks than the curve's are tried where the set is free."""

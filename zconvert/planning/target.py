@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zconvert.checkpoint.small_files import read_small
+from zconvert.checkpoint.json_patch import read_named_json
 from zconvert.checkpoint.source import headers_of, read_config, resolve, tidar_settings
 from zconvert.checkpoint.verdict import require_convertible
 from zconvert.errors import UserError
@@ -46,7 +44,7 @@ def find_target(text: str, *, revision: str | None = None, token: str | None = N
     """
     path = Path(text).expanduser()
     if path.suffix == ".json":
-        config, name = _read_json(path), path.absolute().parent.name if path.name == "config.json" else path.stem
+        config, name = read_named_json(path), path.absolute().parent.name if path.name == "config.json" else path.stem
         require_convertible(name, config)
         return Target(facts_from_config(config, name), tidar_settings(config), config, "config.json")
     source = resolve(text, revision=revision, token=token, weights=False)
@@ -67,25 +65,3 @@ def find_target(text: str, *, revision: str | None = None, token: str | None = N
     folder = source.folder if source.files is None else None
     facts = facts_from_headers(headers, config, source.name)
     return Target(facts, tidar_settings(config), config, "headers", folder)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(read_small(Path(os.path.realpath(path))).decode("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}", fix="check the path") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} cannot be read as JSON",
-            found=error.strerror if isinstance(error, OSError) else error,
-            expected="a model's config.json",
-            fix="download or copy the file again",
-        ) from None
-    if not isinstance(config, dict):
-        raise UserError(
-            f"{path} is not a model's configuration",
-            found=f"a JSON {type(config).__name__}",
-            expected="a model's config.json",
-            fix="give that file, a checkpoint's folder or a Hub id",
-        )
-    return config

@@ -65,7 +65,7 @@ class Workload:
 
     @property
     def learning(self) -> float:
-        """The share of them that gradients are asked of: in gated mode the mask slots."""
+        """The share of a row's tokens that gradients are asked of: in gated mode the mask slots."""
         return 1.0 if self.gated is None else self.diffusion_fraction / (1 + self.diffusion_fraction)
 
     @property

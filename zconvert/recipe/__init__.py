@@ -11,13 +11,12 @@ from zconvert.recipe.extend_context import ExtendContextRecipe
 from zconvert.recipe.loading import (
     BY_STAGE,
     dump_recipe,
-    load_checked,
     load_pipeline,
     load_recipe,
     load_training_recipe,
 )
 from zconvert.recipe.parallel import ParallelRecipe
-from zconvert.recipe.pipeline import ExportRecipe, PipelineRecipe
+from zconvert.recipe.pipeline import PipelineRecipe
 from zconvert.recipe.sections import Recipe
 from zconvert.recipe.task import TaskRecipe
 from zconvert.recipe.training import MidtrainRecipe, SftRecipe, TrainingRecipe
@@ -26,7 +25,6 @@ __all__ = [
     "BY_STAGE",
     "ConvertInitRecipe",
     "DatasetRecipe",
-    "ExportRecipe",
     "ExtendContextRecipe",
     "MidtrainRecipe",
     "ParallelRecipe",
@@ -37,7 +35,6 @@ __all__ = [
     "TaskRecipe",
     "TrainingRecipe",
     "dump_recipe",
-    "load_checked",
     "load_pipeline",
     "load_recipe",
     "load_training_recipe",

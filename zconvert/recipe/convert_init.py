@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AliasChoices, Field, ValidationInfo, field_validator
 
 from zconvert.recipe.sections import Count, CountOrZero, Recipe, Section, Text
-from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, MAX_BLOCK_SIZE, GatedParts, check_proposals
+from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, DEFAULT_MASK_INIT, MAX_BLOCK_SIZE, GatedParts, check_proposals
 
 
 class GatedSection(Section):
@@ -15,7 +15,8 @@ class GatedSection(Section):
 
     rank: CountOrZero = Field(GatedParts.rank, description="rank of the updates of attention projections; 0: none")
     mlp: Literal["none", "add", "replace"] = Field(
-        "replace", description="what the diffusion expert does at mask slots: replace the routed experts, add to them"
+        GatedParts.mlp,
+        description="what the diffusion expert does at mask slots: replace the routed experts, add to them",
     )
     mlp_width: Count = Field(GatedParts.mlp_width, description="hidden units of the diffusion expert")
     norms: bool = Field(GatedParts.norms, description="a scale and a shift after every norm over hidden states")
@@ -53,7 +54,7 @@ class ConvertInitDiffusion(Section):
         "with a mask_embedding a virtual one, which needs no row and leaves the tokenizer alone",
     )
     mask_init: str = Field(
-        "mean",
+        DEFAULT_MASK_INIT,
         pattern=r"^(mean|zero|random|copy:.+)$",
         description="start value of the mask token's row: mean, zero, random or copy:<token>",
     )

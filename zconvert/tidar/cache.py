@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-GROWTH = 256  # slots are reserved in multiples of this
+GROWTH = 256  # slots are reserved, and shown to forwards of fixed shapes, in multiples of this
 
 
 class TidarCache(Cache):
@@ -36,11 +36,25 @@ class TidarCache(Cache):
         self._boundary: dict[tuple[int, str], Tensor] = {}  # the same before a text's first token, (past, width)
         self._stash: dict[tuple[int, str], tuple[Tensor, int]] = {}
         self._places: tuple[Tensor, Tensor] | None = None
+        self.fixed: int | None = None
+        """slots that the coming forward sees of each row, whatever the rows hold, see `fix`"""
 
     def open(self, first: int, end: int) -> None:
         """Says which rows the coming forwards run over: `first` to `end`, exclusive."""
         assert 0 <= first < end <= len(self._lengths), (first, end, len(self._lengths))
-        self._first, self._end, self._places = first, end, None
+        self._first, self._end, self._places, self.fixed = first, end, None, None
+
+    def fix(self, count: int, device: torch.device) -> None:
+        """Makes the shapes of the coming forward, of `count` tokens, those of the forwards around it: compiled code.
+
+        It sees whole steps of GROWTH slots, and never all there are: a part is laid out otherwise than the whole. What
+        depends on the rows' own lengths is done here, ahead of it.
+        """
+        self.fixed = -(-(self.get_seq_length() + count) // GROWTH) * GROWTH
+        for place, held in self._slots.items():
+            if held.shape[-2] <= self.fixed:
+                self._slots[place] = self._grown(held, held, self.fixed + 1)
+        self._scratch(count, device)
 
     @property
     def lengths(self) -> list[int]:
@@ -65,6 +79,10 @@ class TidarCache(Cache):
 
     def _write(self, place: tuple[int, str], states: Tensor) -> Tensor:
         """Puts (R, …, N, width) states behind the open rows' borders; returns (R, …, longest + N, width), a view."""
+        if self.fixed is not None and self._places is not None:
+            rows = self._slots[place][self._first : self._end]
+            rows.movedim(-2, 1)[self._places] = states.movedim(-2, 1)
+            return rows[..., : self.fixed, :]
         lengths, count = self.lengths, states.shape[-2]
         end = max(lengths) + count
         held = self._slots.get(place)

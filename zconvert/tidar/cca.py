@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.models.zaya.modeling_zaya import ZayaCCAProjection, repeat_kv
 
 from .predecessors import Predecessors
+from .short_conv import depthwise
 from .swap import become
 
 
@@ -53,13 +54,8 @@ class PredecessorAwareCCA(ZayaCCAProjection):
         return query, key, value
 
     def _convolve(self, raw_all: Tensor, predecessors: Predecessors, length: int) -> Tensor:
-        depthwise, grouped = self.conv_qk_depthwise, self.conv_qk_grouped
-        assert depthwise.bias is not None
+        grouped, dw = self.conv_qk_grouped, depthwise(raw_all, self.conv_qk_depthwise, predecessors)
         assert grouped.bias is not None
-        tap, dw = raw_all, raw_all * depthwise.weight[:, 0, -1] + depthwise.bias
-        for width in range(2, self.depthwise_kernel_size + 1):
-            tap = predecessors.before(tap)
-            dw = dw + tap * depthwise.weight[:, 0, -width]
         # Taps side by side make the grouped convolution one batched product over the groups.
         groups, rows = grouped.groups, raw_all.shape[0]
         taps = []

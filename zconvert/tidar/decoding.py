@@ -82,6 +82,17 @@ class DecodePlan:
             return ()
         return tuple(k for k in self.proposals if k <= min(num_drafts + 1, left - 2)) or (1,)
 
+    def shape(self, *, drafted: bool) -> tuple[int, tuple[int, ...]]:
+        """Most drafts that a forward can have to verify, and the accepted counts that it can have to plan for.
+
+        Args:
+            drafted: of a forward that has any to verify, which only the first of a text has not; with two forwards,
+                every other one.
+        """
+        if not self.proposals or (self.two_forwards and not drafted):
+            return 0, self.proposals
+        return self.block_size - 1, () if self.two_forwards else self.proposals
+
 
 @dataclass(frozen=True)
 class Request:

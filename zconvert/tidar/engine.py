@@ -11,48 +11,20 @@ What a row does depends on its own text and random numbers alone, never on what 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .acceptance import Drafts, Sampling, make_drafts, penalised, verify
+from .acceptance import Sampling, make_drafts, penalised, verify
 from .cache import TidarCache
 from .decoding import DecodePlan, Request, Result, Step
 from .layout import decode_layout
 from .model import LayoutModel
+from .rows import Drafted, Row, batches, chosen
 
 PREFILL_CHUNK = 2048  # tokens of one prompt in a forward, so that a long prompt does not hold up the texts beside it
-
-
-@dataclass(eq=False)
-class _Row:
-    """A text under way. The engine keeps rows in the order of the cache's."""
-
-    result: Result
-    sampling: Sampling
-    eos_token_ids: frozenset[int]
-    generator: torch.Generator | None  # on the CPU: the same numbers on every device
-    prompt: list[int]  # what of it is not in the cache yet: not empty while it is read
-    left: int  # tokens still wanted
-    next_token: int = 0
-    drafted: tuple[_Drafted, int] | None = None  # drafts to verify: a batch of them, and the row's place in it
-    num_drafts: int = 0
-    first_slot: int = 0  # of its block that the first draft came from
-    seen: Tensor | None = None  # (V,) bool, with a repetition penalty
-
-    def uniform(self, count: int) -> Tensor:
-        """(count,) numbers. How many are drawn must depend on this row alone."""
-        return torch.rand(count, generator=self.generator, dtype=torch.double)
-
-
-@dataclass(frozen=True, eq=False)
-class _Drafted:
-    """Drafts of the rows that choose tokens alike."""
-
-    rows: list[_Row]
-    drafts: Drafts
 
 
 @dataclass
@@ -90,6 +62,7 @@ class Engine:
         max_batch: int = 8,
         prefill_chunk: int = PREFILL_CHUNK,
         replan: Callable[[Engine], None] | None = None,
+        fixed_shapes: bool = False,
     ) -> None:
         """Makes an engine with an empty cache.
 
@@ -99,6 +72,8 @@ class Engine:
             max_batch: texts decoded at a time; further requests wait.
             prefill_chunk: tokens of one prompt in a forward at most.
             replan: called before each forward over texts; may set another plan.
+            fixed_shapes: forwards over texts are filled up to the shapes of those around them, which compiled code
+                needs (`LayoutModel.compile`) and other code pays for.
 
         Raises:
             ValueError: max_batch or prefill_chunk below 1.
@@ -112,8 +87,9 @@ class Engine:
         self.model = model
         self._max_batch = max_batch
         self._chunk = prefill_chunk
+        self._fixed_shapes = fixed_shapes
         self._cache = TidarCache(max_batch)
-        self._rows: list[_Row] = []  # those that decode, then those that still read their prompts
+        self._rows: list[Row] = []  # those that decode, then those that still read their prompts
         self._ended: deque[Result] = deque(maxlen=max(4, max_batch))
 
     @property
@@ -193,13 +169,13 @@ class Engine:
             self._cache.clear(len(self._rows))
             self._rows.append(self._new_row(result, generator))
 
-    def _new_row(self, result: Result, generator: torch.Generator | None) -> _Row:
+    def _new_row(self, result: Result, generator: torch.Generator | None) -> Row:
         request = result.request
         sampling = self.plan.sampling if request.sampling is None else request.sampling
         eos = self.plan.eos_token_ids if request.eos_token_ids is None else request.eos_token_ids
         if generator is None and not sampling.greedy and request.seed is not None:
             generator = torch.Generator().manual_seed(request.seed)
-        return _Row(result, sampling, eos, generator, list(request.prompt), request.max_new_tokens)
+        return Row(result, sampling, eos, generator, list(request.prompt), request.max_new_tokens)
 
     def _readers_last(self) -> None:
         """Rows that decode stand in front of those that still read their prompts."""
@@ -256,16 +232,24 @@ class Engine:
         self._draft(rows, hidden, [width + 1] * len(rows), [slots] * len(rows))
         return events
 
-    def _decode_step(self, rows: list[_Row]) -> list[tuple[Result, Step]]:
+    def _decode_step(self, rows: list[Row]) -> list[tuple[Result, Step]]:
         """One forward that verifies and drafts."""
         plan, width = self.plan, max(row.num_drafts for row in rows)
         own = [plan.blocks(row.num_drafts, row.left) for row in rows]
         blocks = tuple(sorted(set().union(*own)))
-        self._cache.open(0, len(rows))
-        hidden = self._forward(self._causal(rows, width), blocks)
+        if self._fixed_shapes:
+            width, planned = plan.shape(drafted=width > 0)
+            blocks = tuple(sorted({*blocks, *planned}))
+            filling = self._fix(len(rows), 1 + width + len(blocks) * plan.block_size)
+        else:
+            filling = 0
+            self._cache.open(0, len(rows))
+        causal = self._causal(rows, width)
+        causal = torch.cat([causal, causal[:1].expand(filling, -1)])
+        hidden = self._forward(causal, blocks)[: len(rows)]
         told = self._verify(rows, hidden[:, : 1 + width])
         kept = [accepted + 1 for accepted, _ in told]
-        self._cache.commit(kept)
+        self._cache.commit(kept + [0] * filling)
         self.counters.forwards += 1
         events, starts, counts = [], [], []
         for row, (_, tokens), count, planned in zip(rows, told, kept, own, strict=True):
@@ -280,6 +264,16 @@ class Engine:
         self._draft(rows, hidden, starts, counts)
         return events
 
+    def _fix(self, rows: int, num_tokens: int) -> int:
+        """Opens the cache for a forward of fixed shapes; says how many rows fill it up, to a power of two.
+
+        These are rows that read their prompts or are nobody's: what they write lies behind their borders.
+        """
+        filled = min(1 << (rows - 1).bit_length(), self._max_batch)
+        self._cache.open(0, filled)
+        self._cache.fix(num_tokens, self.model.device)
+        return filled - rows
+
     def _forward(self, causal: Tensor, blocks: tuple[int, ...] | list[tuple[int, ...]]) -> Tensor:
         """(R, C) clean tokens -> (R, C + slots, hidden)."""
         plan, rows = self.plan, causal.shape[0]
@@ -287,27 +281,27 @@ class Engine:
         slots = causal.new_full((rows, layout.num_tokens - causal.shape[1]), plan.mask_token_id)
         return self.model.hidden_states(torch.cat([causal, slots], dim=1), layout, self._cache)
 
-    def _causal(self, rows: list[_Row], width: int) -> Tensor:
+    def _causal(self, rows: list[Row], width: int) -> Tensor:
         """(R, 1 + width): each row's next token and its drafts, filled up with the next token."""
         following = torch.tensor([[row.next_token] for row in rows], device=self.model.device)
         if width == 0:
             return following
         drafts = following.repeat(1, width)  # as filling the mask token would not do: a virtual one has no embedding
-        for batch, members, places in _batches(rows):
+        for batch, members, places in batches(rows):
             if batch is not None:
                 count = min(width, batch.drafts.tokens.shape[1])
                 drafts[members, :count] = batch.drafts.tokens[places, :count]
         return torch.cat([following, drafts], dim=1)
 
-    def _verify(self, rows: list[_Row], hidden: Tensor) -> list[tuple[int, list[int]]]:
+    def _verify(self, rows: list[Row], hidden: Tensor) -> list[tuple[int, list[int]]]:
         """(R, 1 + m, hidden) -> of each row how many drafts are accepted, and these with the token after them."""
         logits = self._text_logits(hidden)
         told: list[tuple[int, list[int]]] = [(0, [])] * len(rows)
         results, order = [], []
-        for batch, members, places in _batches(rows):
+        for batch, members, places in batches(rows):
             group = [rows[i] for i in members]
             count = 0 if batch is None else min(hidden.shape[1] - 1, batch.drafts.tokens.shape[1])
-            drafts = None if batch is None or count == 0 else _chosen(batch.drafts, places, count)
+            drafts = None if batch is None or count == 0 else chosen(batch.drafts, places, count)
             sampling, own = group[0].sampling, logits if len(group) == len(rows) else logits[members]
             accepted, following = verify(
                 own[:, : count + 1],
@@ -325,7 +319,7 @@ class Engine:
             told[index] = number, [*drafted[:number], token]
         return told
 
-    def _advance(self, row: _Row, tokens: list[int], accepted: int, tokens_in_forward: int) -> tuple[Result, Step]:
+    def _advance(self, row: Row, tokens: list[int], accepted: int, tokens_in_forward: int) -> tuple[Result, Step]:
         """Adds a forward's tokens to a text, as far as it goes."""
         result = row.result
         tokens = tokens[: row.left]
@@ -353,7 +347,7 @@ class Engine:
             result.finish = finish
         return result, Step(tuple(tokens), accepted, tokens_in_forward, finish)
 
-    def _draft(self, rows: list[_Row], hidden: Tensor, starts: list[int], counts: list[int]) -> None:
+    def _draft(self, rows: list[Row], hidden: Tensor, starts: list[int], counts: list[int]) -> None:
         """Draws drafts from the mask slots that begin at each row's `starts`, at most `counts` of them."""
         # A forward yields one token more than its accepted drafts: drafts past the length would be thrown away.
         wanted = [0 if r.result.finish else min(n, r.left - 1) for r, n in zip(rows, counts, strict=True)]
@@ -377,7 +371,7 @@ class Engine:
             bigrams = self.model.bigrams if self.plan.bigrams else None
             previous = torch.tensor([row.next_token for row in group], device=hidden.device)
             drafts = make_drafts(logits, number, self.plan.drafting(sampling), uniform, bigrams, previous)
-            batch = _Drafted(group, drafts)
+            batch = Drafted(group, drafts)
             for place_in_batch, (row, index) in enumerate(zip(group, members, strict=True)):
                 row.drafted, row.num_drafts = (batch, place_in_batch), wanted[index]
                 row.first_slot = self.plan.block_size - counts[index]  # a block's last slots are the ones left
@@ -389,7 +383,7 @@ class Engine:
         logits[..., mask : mask + 1] = -torch.inf  # a virtual one has no column
         return logits
 
-    def _uniform(self, rows: list[_Row], count: int, *, following: bool = False) -> Tensor:
+    def _uniform(self, rows: list[Row], count: int, *, following: bool = False) -> Tensor:
         """(R, count) numbers, or (R, count + 1) with one for the token that follows.
 
         Every row always draws a whole block of them: how many the others need must not change what it gets.
@@ -399,7 +393,7 @@ class Engine:
         used = [*range(count), size - 1] if following else [*range(count)]
         return numbers[:, used].to(self.model.device, non_blocking=True)
 
-    def _seen(self, rows: list[_Row], width: int) -> Tensor | None:
+    def _seen(self, rows: list[Row], width: int) -> Tensor | None:
         """(R, V) bool, the tokens of each row's text, where there is a repetition penalty."""
         if rows[0].sampling.repetition_penalty == 1:
             return None
@@ -459,33 +453,3 @@ def decode(
     while not engine.idle:
         for _, step in engine.step():
             yield step
-
-
-def _batches(rows: Sequence[_Row]) -> list[tuple[_Drafted | None, list[int], list[int]]]:
-    """Rows by the batch that their drafts were made in: the batch, which rows, and their places in the batch.
-
-    Rows without drafts go by how they choose tokens.
-    """
-    groups: dict[object, tuple[_Drafted | None, list[int], list[int]]] = {}
-    for index, row in enumerate(rows):
-        batch, place = row.drafted if row.drafted is not None else (None, 0)
-        group = groups.setdefault(row.sampling if batch is None else batch, (batch, [], []))
-        group[1].append(index)
-        group[2].append(place)
-    return list(groups.values())
-
-
-def _chosen(drafts: Drafts, places: list[int], count: int) -> Drafts:
-    """Some rows of drafts, and their first columns."""
-    if places == list(range(len(drafts.tokens))):
-        if count == drafts.tokens.shape[1]:
-            return drafts
-        places_or_all: list[int] | slice = slice(None)
-    else:
-        places_or_all = places
-    return Drafts(
-        drafts.tokens[places_or_all, :count],
-        drafts.counts[places_or_all],
-        None if drafts.probs is None else drafts.probs[places_or_all, :count],
-        None if drafts.logits is None else drafts.logits[places_or_all, :count],
-    )

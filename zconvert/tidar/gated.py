@@ -16,7 +16,6 @@ of the source model: its state dict, its names and its bytes stay as they are.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import torch
@@ -24,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .settings import GatedParts
-from .swap import become
+from .settings import MIXERS, NOT_UPDATED, GatedParts
+from .swap import put_before
 
 
 class Gate:
@@ -191,11 +190,6 @@ class _RecomputedLayer:
         return stock.forward(*args, **kwargs)
 
 
-@cache
-def _joined(before: Any, stock: Any) -> Any:
-    return type(f"Gated{stock.__name__}", (before, stock), {"__module__": __name__})
-
-
 class GatedWeights(nn.Module):
     """All gated weights of a model, by the name of the module that they go with."""
 
@@ -237,8 +231,7 @@ class GatedWeights(nn.Module):
             raise ValueError("gated.router is true, and this model has no router that can be shifted: set it to false")
         for layer in layers_of(decoder):
             layer.__dict__["gated"] = self.gate
-            stock: Any = type(layer)
-            become(layer, _joined(_RecomputedLayer, stock))
+            put_before(layer, _RecomputedLayer, "Gated")
         self._rows: int = embedding.weight.shape[0]
         self.mask_embedding: nn.Parameter | None = None
         if parts.mask_embedding:
@@ -264,8 +257,7 @@ class GatedWeights(nn.Module):
     def _graft(self, module: Any, before: Any, extra: Any) -> None:
         # Into __dict__, past nn.Module's registration: the source's state dict must not grow.
         module.__dict__["gated"] = (self.gate, extra)
-        stock: Any = type(module)
-        become(module, _joined(before, stock))
+        put_before(module, before, "Gated")
 
 
 def _device_of(module: Any) -> torch.device:
@@ -277,10 +269,6 @@ def _device_of(module: Any) -> torch.device:
 
 _EMBEDDING_SAMPLE = 4096
 """the mask embedding starts as the mean of so many rows"""
-_MIXERS = ("attn", "attention", "conv")
-"""what a layer's child is called that mixes tokens"""
-_LEFT_OUT = ("kv_b_proj", "indexer", "router")
-"""projections of the cached latent, which are not of the row's tokens, and what chooses keys or experts"""
 
 
 _ROUTERS = ("gate", "router")
@@ -298,9 +286,9 @@ def _places(decoder: Any, parts: GatedParts, width: int) -> Iterator[tuple[str, 
         yield from ((name, module, "norm") for name, module in decoder.named_modules() if _is_norm(name, module, width))
     for number, layer in enumerate(layers_of(decoder)):
         for child_name, child in layer.named_children():
-            if parts.rank and any(word in child_name for word in _MIXERS):
+            if parts.rank and any(word in child_name for word in MIXERS):
                 for name, module in child.named_modules():
-                    if isinstance(module, nn.Linear) and not any(word in name for word in _LEFT_OUT):
+                    if isinstance(module, nn.Linear) and not any(word in name for word in NOT_UPDATED):
                         yield f"layers.{number}.{child_name}.{name}".rstrip("."), module, "linear"
         block = _mlp_of(layer)
         if block is not None and parts.mlp != "none":
@@ -321,7 +309,7 @@ def _is_norm(name: str, module: nn.Module, width: int) -> bool:
 
 def _mlp_of(layer: nn.Module) -> tuple[str, nn.Module, bool] | None:
     """A layer's mixture-of-experts block, else its MLP: name, module, and whether it routes."""
-    children = {n: c for n, c in layer.named_children() if not any(word in n for word in _MIXERS) or n == "mlp"}
+    children = {n: c for n, c in layer.named_children() if not any(word in n for word in MIXERS) or n == "mlp"}
     for name, child in children.items():
         if name != "experts" and any(
             inner == "experts" or inner.endswith(".experts") for inner, _ in child.named_modules()

@@ -175,7 +175,7 @@ def stop_by(criteria: StoppingCriteriaList, before: list[int], device: Any) -> C
         while asked < len(tokens):
             asked += 1
             text = torch.tensor([before + tokens[:asked]], device=device)
-            if bool(torch.as_tensor(criteria(text, None)).all()):  # type: ignore[arg-type]  # there are no scores
+            if bool(torch.as_tensor(criteria(text, None)).all()):
                 return asked
         return None
 

@@ -5,14 +5,13 @@ A grafted layer keeps its weights and their names; without a layout's arguments 
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from .families import Family
 from .positions import InklingAttention, Llama4Attention
 from .short_conv import InklingConv, Lfm2Conv
 from .sinks import graft_sinks
-from .swap import become
+from .swap import put_before
 
 _BEFORE = {
     "Lfm2ShortConv": Lfm2Conv,
@@ -40,10 +39,4 @@ def graft(model: Any, family: Family) -> None:
     for module in model.modules():
         before = _BEFORE.get(type(module).__name__)
         if before is not None and not isinstance(module, before):
-            stock: Any = type(module)
-            become(module, _joined(before, stock))
-
-
-@cache
-def _joined(before: Any, stock: Any) -> Any:
-    return type(f"Layout{stock.__name__}", (before, stock), {"__module__": __name__})
+            put_before(module, before, "Layout")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Layout:
         """(R, N) bool: the token is a mask slot."""
         return self.block_ids != CLEAN
 
-    @property
+    @cached_property
     def first_slot(self) -> int | None:
         """The column where the mask slots begin, which stand behind all clean tokens; None where there are none."""
         clean = int((self.block_ids[0] == CLEAN).sum())
@@ -178,13 +178,16 @@ def decode_layout(
     rows = [committed] if isinstance(committed, int) else list(committed)
     shared = not proposals or isinstance(proposals[0], int)
     if shared:
-        table = _step_table(num_causal, proposals, block_size).unsqueeze(1)  # type: ignore[arg-type]  # one tuple
+        table = _step_table(num_causal, proposals, block_size).unsqueeze(1)
     else:
-        table = torch.stack([_step_table(num_causal, own, block_size) for own in proposals], dim=1)  # type: ignore[arg-type]
+        table = torch.stack([_step_table(num_causal, own, block_size) for own in proposals], dim=1)
     # (2, R, N): positions count from each row's border, everything else is the same wherever a row stands.
     moved = table[:2] + torch.tensor(rows)[:, None]
     fixed = table[2:].expand(-1, len(rows), -1)
-    return Layout(*torch.cat([moved, fixed]).to(device, non_blocking=True).unbind(0))
+    layout = Layout(*torch.cat([moved, fixed]).to(device, non_blocking=True).unbind(0))
+    # Known here, so that nobody has to wait for the device to be told.
+    vars(layout)["first_slot"] = num_causal if proposals and proposals[0] != () else None
+    return layout
 
 
 @lru_cache(maxsize=1024)
@@ -205,16 +208,17 @@ def _step_table(num_causal: int, proposals: tuple[int, ...], block_size: int) ->
     return torch.tensor([position, limit, block, [0] * len(position), before])
 
 
-def with_committed(layout: Layout, committed: int | Sequence[int]) -> Layout:
+def with_committed(layout: Layout, committed: int | Sequence[int], num_slots: int | None = None) -> Layout:
     """The keys of a decoding forward: the committed tokens in the cache, then the forward's own tokens.
 
     Args:
         layout: of the forward, (R, N).
         committed: tokens in the cache: a number for each row, or one for all.
+        num_slots: slots of the cache that the forward sees; None: no more than it must.
 
     Returns:
-        Layout of (R, longest + N), in the order of the cache's slots; what stands behind a shorter row is no part of
-        its document. Predecessors are left as they were: keys have no use for them.
+        Layout of (R, longest + N) or (R, num_slots), in the order of the cache's slots; what stands behind a shorter
+        row is no part of its document. Predecessors are left as they were: keys have no use for them.
 
     >>> step = decode_layout([1, 3], 1, (), 2)
     >>> keys = with_committed(step, [1, 3])
@@ -224,8 +228,8 @@ def with_committed(layout: Layout, committed: int | Sequence[int]) -> Layout:
     rows, count = layout.position_ids.shape
     lengths = [committed] * rows if isinstance(committed, int) else list(committed)
     device, longest = layout.position_ids.device, max(lengths)
-    cached = torch.arange(longest + count, device=device)
-    if lengths.count(longest) == rows:
+    cached = torch.arange(num_slots or longest + count, device=device)
+    if lengths.count(longest) == rows and num_slots is None:
         cached = cached[:longest].expand(rows, -1)
 
         def join(values: Tensor, field: Tensor) -> Tensor:

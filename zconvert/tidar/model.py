@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -68,7 +69,20 @@ class LayoutModel:
         """which token follows which in the text that the checkpoint was trained on; drafting reads them"""
         self.layout: Layout | None = None
         """of the newest forward: hooks on modules read it to tell clean tokens and mask slots apart"""
+        self._compiled: Callable[..., Any] | None = None
         graft(model, self.family)
+
+    def compile(self, **options: Any) -> None:
+        """Has torch compile the decoder for forwards of fixed shapes (`TidarCache.fix`); others run as before.
+
+        The first such forwards take long: a shape is compiled by itself until torch has seen which of its sizes vary.
+
+        Args:
+            **options: of torch.compile; `mode="reduce-overhead"` adds CUDA graphs.
+        """
+        # One for each kind of forward, some twice; torch's own limit is 8, beyond which it silently stops compiling.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        self._compiled = torch.compile(self._decoder, **options)
 
     def add_gated(self, parts: GatedParts) -> GatedWeights:
         """Adds weights that act at mask slots only; at clean tokens the model stays what it is.
@@ -104,18 +118,22 @@ class LayoutModel:
             (R, N, hidden) after the final norm.
         """
         self.layout = layout
+        fixed = cache is not None and cache.fixed is not None
+        decoder = self._compiled if fixed and self._compiled is not None else self._decoder
         joined = key
         if shard is not None:
             key = shard.key
         elif key is None:
-            key = with_committed(layout, cache.lengths) if cache is not None and cache.get_seq_length() else layout
+            key = layout
+            if cache is not None and cache.get_seq_length():
+                key = with_committed(layout, cache.lengths, cache.fixed)
         masks: Any
         if shard is not None:
             masks = shard.masks(self.family, self.config, self.model.dtype)
         elif isinstance(key, PackedLayout) and self.config._attn_implementation in (FLEX, SEGMENTS):
             masks = packed_masks(self.family, self.config, key, key.num_tokens - layout.num_tokens)
         else:
-            uneven = cache is not None and len(set(cache.lengths)) > 1
+            uneven = fixed or (cache is not None and len(set(cache.lengths)) > 1)
             masks = attention_masks(self.family, self.config, layout, key, self.model.dtype, uneven=uneven)
         if self.family.mixing != "attention":
             name, past = _convolution_past(self.family, self.config)
@@ -136,7 +154,7 @@ class LayoutModel:
             self.gated.gate.first, self.gated.gate.length = layout.first_slot, layout.num_tokens
             input_ids = self.gated.with_rows(input_ids)
         try:
-            outputs = self._decoder(
+            outputs = decoder(
                 input_ids=input_ids,
                 attention_mask=masks,
                 position_ids=layout.position_ids,
@@ -149,6 +167,11 @@ class LayoutModel:
             if not torch.is_grad_enabled():
                 self.release_gate()
         return outputs.last_hidden_state
+
+    @property
+    def compiled(self) -> bool:
+        """Forwards of fixed shapes are compiled."""
+        return self._compiled is not None
 
     @property
     def decoder(self) -> Any:

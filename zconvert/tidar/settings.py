@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 FORMAT_VERSION = 1
 DEFAULT_BLOCK_SIZE = 16
 MAX_BLOCK_SIZE = 1024
+DEFAULT_MASK_INIT = "mean"
 _KINDS: dict[str, type] = {
     "block_size": int,
     "mask_token_id": int,
@@ -25,6 +26,10 @@ GATED_FILE = "tidar/gated.safetensors"
 BIGRAM_FILE = "tidar/bigram.safetensors"
 """likewise: which token follows which (bigram.py); a checkpoint may have none"""
 OWN_FILES = (GATED_FILE, BIGRAM_FILE)
+MIXERS = ("attn", "attention", "conv")
+"""what the name of a layer's child has in it that mixes tokens; gated mode updates the projections in there"""
+NOT_UPDATED = ("kv_b_proj", "indexer", "router")
+"""but for these: of the cached latent, which are not of the row's tokens, and what chooses keys or experts"""
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class GatedParts:
 
     rank: int = 32
     """of the low-rank updates of attention projections; 0: none"""
-    mlp: str = "replace"
+    mlp: Literal["none", "add", "replace"] = "replace"
     """what the diffusion expert does at a mixture-of-experts block: replace the routed experts, add to them, or none.
     At a dense MLP it is always added"""
     mlp_width: int = 384

@@ -21,10 +21,12 @@ def depthwise(states: Tensor, convolution: nn.Conv1d, predecessors: Predecessors
     """(R, past + N, C) -> (R, past + N, C): the convolution with its taps along the predecessors."""
     weight = convolution.weight[:, 0]  # (C, k)
     tap, out = states, states * weight[:, -1]
+    if convolution.bias is not None:
+        out = out + convolution.bias
     for width in range(2, weight.shape[1] + 1):
         tap = predecessors.before(tap)
         out = out + tap * weight[:, -width]
-    return out if convolution.bias is None else out + convolution.bias
+    return out
 
 
 class Lfm2Conv:

@@ -115,7 +115,7 @@ class ContextParallel:
 
     def gather(self, states: Tensor) -> Tensor:
         """(…) -> (P, …): the states of all processes; gradients go back to where they came from."""
-        return _Gather.apply(states.contiguous(), self.group, self.size)  # type: ignore[no-any-return]
+        return _Gather.apply(states.contiguous(), self.group, self.size)
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ def _attention(
         return torch.cat([in_order.movedim(0, 2).flatten(2, 3), states[:, :, clean:]], dim=2)
 
     attend = ALL_ATTENTION_FUNCTIONS.get(context.implementation) or stock_attention(module)
-    return attend(module, query, everyone(key), everyone(value), attention_mask, **options)  # type: ignore[no-any-return]
+    return attend(module, query, everyone(key), everyone(value), attention_mask, **options)
 
 
 def _slots(attention_mask: Any, key: Tensor, context: ContextParallel) -> int:

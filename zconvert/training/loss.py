@@ -130,10 +130,10 @@ def _chunked(
     size = chunk_size or max(1, CHUNK_LOGITS // model.config.vocab_size)
     head = model.linear_head
     if head is not None and torch.is_grad_enabled():
-        return _LinearLoss.apply(hidden, head.weight, head.bias, model.finish_logits, loss, others, size)  # type: ignore[no-any-return]
+        return _LinearLoss.apply(hidden, head.weight, head.bias, model.finish_logits, loss, others, size)
 
     def chunk_loss(hidden: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
-        return _LogitsLoss.apply(model.logits(hidden), loss, others)  # type: ignore[no-any-return]
+        return _LogitsLoss.apply(model.logits(hidden), loss, others)
 
     chunks = _chunks(hidden, others, size)
     if len(chunks) == 1 or not torch.is_grad_enabled():

@@ -94,7 +94,7 @@ class Muon(torch.optim.AdamW):
     """
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Moves every parameter that has a gradient."""
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group["muon"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from zconvert.checkpoint.load import end_token_ids
@@ -30,11 +31,11 @@ def observers_of(trainer: Trainer, tokenizer: Any) -> list[Observer]:
     if routers_of(model.decoder):
         observers.append(MoeObserver(model, recipe.moe, _probe(trainer), say, trainer.alone))
     if recipe.evaluation.datasets:
-        observers.append(_evaluator(trainer, tokenizer))
+        observers.append(_evaluator(trainer, tokenizer, say))
     return observers
 
 
-def _evaluator(trainer: Trainer, tokenizer: Any) -> Evaluator:
+def _evaluator(trainer: Trainer, tokenizer: Any, say: Callable[[str], None]) -> Evaluator:
     section, model = trainer.recipe.evaluation, trainer.model
     rows_in_embedding = model.get_input_embeddings().weight.shape[0]
     documents = load_documents(
@@ -43,6 +44,7 @@ def _evaluator(trainer: Trainer, tokenizer: Any) -> Evaluator:
         vocabulary_rows=rows_in_embedding,
         sequence_len=trainer.recipe.sequence_len,
         chat_template=read_template(trainer.recipe),
+        on_message=say,
     )
     return Evaluator(
         held_out_rows(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -119,16 +120,24 @@ def test_a_copy_says_what_its_pipelines_read_that_is_not_there_yet(
     monkeypatch.chdir(tmp_path)  # as who has only the wheel
     said = CliRunner().invoke(app, ["recipes", "copy", name, "mine"]).stderr
     for pipeline in Path("mine").glob("pipeline*.yaml"):
-        assert f"zconvert run {pipeline}" in said
         (_, first), *others = load_pipeline(pipeline)
         needed = [dataset.path for _, recipe in others for dataset in recipe.datasets]  # type: ignore[attr-defined]
         needed += [first.base_model] * first.base_model.startswith("examples/")
         for path in needed:
-            assert f"{path} is not there yet" in said
+            assert f"Not there yet: {path} (" in said
             Path(path).mkdir(parents=True, exist_ok=True)
     said = CliRunner().invoke(app, ["recipes", "copy", name, "again"]).stderr
     assert "zconvert run again/pipeline.yaml" in said
-    assert "not there yet" not in said
+    assert "Not there yet" not in said
+
+
+def test_what_is_said_to_be_next_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = CliRunner().invoke(app, ["recipes", "copy", "qwen3-30b-a3b", "my recipes"]).stderr
+    commands = [shlex.split(line) for line in said.splitlines() if line.startswith("  ")]
+    named = ["my recipes/pipeline.yaml", "my recipes/pipeline-gated.yaml"]
+    assert commands == [["zconvert", "run", name] for name in named]
+    assert all(load_pipeline(Path(name)) for name in named)
 
 
 def test_a_name_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> None:

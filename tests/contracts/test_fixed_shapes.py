@@ -16,6 +16,7 @@ from tests.contracts.test_engine import MODELS, PLANS, mixed_lengths, some_reque
 from tests.contracts.training import trained_pair
 from zconvert.serving.compiled import compiled_engine
 from zconvert.tidar.cache import GROWTH
+from zconvert.tidar.decoding import Request
 from zconvert.tidar.engine import Engine, run
 from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.settings import GatedParts
@@ -76,6 +77,17 @@ def assert_compiled_once(pair: Pair, plan: str, **options: Any) -> None:
     assert counters["stats"]["unique_graphs"] == 0
     assert not counters["graph_break"]
     assert texts == texts_of(list(run(Engine(grouped(pair), PLANS[plan], max_batch=4), requests)))
+
+
+def test_a_long_text_that_ended_makes_no_others_forwards_larger() -> None:
+    engine = Engine(trained_pair("mixtral").layout, PLANS["some proposals"], max_batch=4, fixed_shapes=True)
+    texts = [engine.add(Request([1] * length, new)) for length, new in ((2 * GROWTH, 2), (3, 40), (4, 40), (5, 40))]
+    with_it, without = set(), set()
+    while not engine.idle:
+        running = texts[0].finish is None
+        engine.step()
+        (with_it if running else without).add(engine._cache.fixed)
+    assert (with_it, without) == ({3 * GROWTH}, {GROWTH})
 
 
 class Waits(TorchDispatchMode):

@@ -1,10 +1,13 @@
 """Fails each command at each of its operations on files, and counts what survives.
 
 python -m tests.faults.sweep [COUNT] [COMMAND …]     at COUNT places for each fault, or at all; prints a table
+
+Ctrl-C ends it with the table of what was done: the commands take turns.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import random
 import shutil
@@ -12,7 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +37,11 @@ class Tally:
     """of input, of earlier results, and of finished ones that are not what they would be"""
     problems: list[str] = field(default_factory=list)
     """what did not survive, in words"""
+
+    @property
+    def failed(self) -> int:
+        """Faults that did not end as they should."""
+        return len({problem.split(": ")[0] for problem in self.problems})
 
     def add(self, other: Tally) -> None:
         """Sums up."""
@@ -65,7 +73,7 @@ class Sweep:
 
     def fail(self, fault: int | signal.Signals, at: int) -> Tally:
         """Fails the command at one operation, looks what is there, and runs it again."""
-        where = f"{self.name}, {_named(fault)} at {at}, about {self.operations[at : at + 1]}"
+        where = f"{self.name}, {named(fault)} at {at}, about {self.operations[at : at + 1]}"
         self._start()
         before = contents(self.work)
         failed = self._run(inject.Injector(self.work, at, fault))
@@ -187,7 +195,8 @@ def remount(disk: Path, option: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{option}", str(disk)], check=True)
 
 
-def _named(fault: int | signal.Signals) -> str:
+def named(fault: int | signal.Signals) -> str:
+    """A fault's name, as the system has it."""
     return fault.name if isinstance(fault, signal.Signals) else errno.errorcode[fault]
 
 
@@ -196,35 +205,51 @@ def _prepare() -> None:
     zconvert.checkpoint.export.verify_export = lambda *_, **__: {"skipped": "in a sweep"}  # type: ignore[attr-defined]
 
 
-def sample(count: int, most: int | None, seed: str) -> Sequence[int]:
-    """Numbers below `count`: all, or so many drawn by the seed."""
-    return range(count) if most is None or count <= most else sorted(random.Random(seed).sample(range(count), most))
+def sample(count: int, most: int | None, seed: str) -> list[int]:
+    """Numbers below `count`, each once and in an order that the seed fixes: all, or the first so many of them."""
+    return random.Random(seed).sample(range(count), count)[:most]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Sweeps, and prints a table in Markdown."""
+    """Sweeps, and prints a table in Markdown: of each fault, how many were survived of those injected."""
     most = next((int(word) for word in arguments if word.isdecimal()), None)
-    names = [word for word in arguments if not word.isdecimal()]
-    print("| command | operations | faults injected | survived | bytes lost |\n|---|---|---|---|---|")
-    total, operations = Tally(), 0
+    names = [word for word in arguments if not word.isdecimal()] or list(COMMANDS)
+    faults = (*ERRORS, *SIGNALS)
+    tallies = {name: {fault: Tally() for fault in faults} for name in names}
     with tempfile.TemporaryDirectory(prefix="zconvert-faults-") as folder:
         base = make_base(Path(folder) / "base")
-        for name in names or COMMANDS:
-            sweep, tally = Sweep(name, base, Path(folder) / "work"), Tally()
-            for fault in (*ERRORS, *SIGNALS):
-                for at in sample(len(sweep.operations), most, f"{name}, {_named(fault)}"):
-                    tally.add(sweep.fail(fault, at))
-            print(_row(f"`{name}`", len(sweep.operations), tally), flush=True)
-            total.add(tally)
-            operations += len(sweep.operations)
-    print(_row("all", operations, total))
-    print("\n".join(total.problems), file=sys.stderr)
-    return int(bool(total.problems))
+        sweeps = {name: Sweep(name, base, Path(folder) / "work") for name in names}
+        with contextlib.suppress(KeyboardInterrupt):
+            for name, fault, at in _in_turns({name: len(sweeps[name].operations) for name in names}, faults, most):
+                tallies[name][fault].add(sweeps[name].fail(fault, at))
+    print(f"| command | operations | {' | '.join(map(named, faults))} | all | bytes lost |")
+    print(f"|---|---|{'---|' * (len(faults) + 2)}")
+    for name in names:
+        print(_row(f"`{name}`", len(sweeps[name].operations), tallies[name].values()))
+    problems = [problem for each in tallies.values() for tally in each.values() for problem in tally.problems]
+    print("\n".join(problems), file=sys.stderr)
+    return int(bool(problems))
 
 
-def _row(name: str, operations: int, tally: Tally) -> str:
-    failed = len({problem.split(": ")[0] for problem in tally.problems})
-    return f"| {name} | {operations} | {tally.injected} | {tally.injected - failed} | {tally.bytes_lost} |"
+def _in_turns(
+    counts: Mapping[str, int], faults: Sequence[int | signal.Signals], most: int | None
+) -> Iterator[tuple[str, int | signal.Signals, int]]:
+    """Every command and fault at one place, then all at their next: whenever it ends, all have had their share."""
+    places = {
+        (name, fault): sample(count, most, f"{name}, {named(fault)}")
+        for name, count in counts.items()
+        for fault in faults
+    }
+    for turn in range(max(map(len, places.values()))):
+        yield from ((*key, numbers[turn]) for key, numbers in places.items() if turn < len(numbers))
+
+
+def _row(name: str, operations: int, tallies: Iterable[Tally]) -> str:
+    parts, total = list(tallies), Tally()
+    for part in parts:
+        total.add(part)
+    cells = [f"{part.injected - part.failed}/{part.injected}" for part in (*parts, total)]
+    return f"| {name} | {operations} | {' | '.join(cells)} | {total.bytes_lost} |"
 
 
 if __name__ == "__main__":

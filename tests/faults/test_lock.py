@@ -24,6 +24,8 @@ PLACES = {
     "evaluate": "told",
     "score": "told",
     "report": "page",
+    "bench --plot": "speed.png",
+    "plan --heatmap": "map.html",
     "generate --out": "texts.jsonl",
     "recipes copy": "mine",
     "run": "init.inputs.json",
@@ -72,6 +74,26 @@ def test_a_place_is_held_by_one_process_and_given_back_when_it_dies(folder: bool
         with held(out) as alone:
             assert alone
         assert not left.exists()
+
+
+def test_a_lock_whose_file_another_took_away_meanwhile_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    stock, taken = fcntl.flock, []
+
+    def take(handle: int, how: int) -> None:
+        stock(handle, how)
+        if not taken:  # who held it before gives it back just now
+            os.unlink(tmp_path / ".out.lock")
+        taken.append(handle)
+
+    monkeypatch.setattr("fcntl.flock", take)
+    with held(tmp_path / "out") as alone:
+        assert alone
+        assert len(taken) == 2
+        assert (tmp_path / ".out.lock").exists()
 
 
 def test_the_lock_is_not_in_what_is_made(tmp_path: Path) -> None:

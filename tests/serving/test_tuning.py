@@ -12,6 +12,7 @@ import pytest
 
 from tests.contracts.models import MASK
 from tests.contracts.training import trained_pair
+from zconvert.checkpoint.folder import TUNING_FILE
 from zconvert.planning.acceptance import flat_curve
 from zconvert.serving import timing, tuning
 from zconvert.serving.hindsight import Scored
@@ -122,7 +123,7 @@ def test_what_is_known_is_found_out_once_and_kept_beside_the_checkpoint(tmp_path
     assert set(first.times.seconds) == {1, 2}
     assert set(first.times.seconds[1]) == {1, 4, 5, 8, 12, 16, 20}
     assert all(s > 0 for row in first.times.seconds.values() for s in row.values())
-    assert [path.name for path in tmp_path.iterdir()] == [timing.FILE]
+    assert [path.name for path in tmp_path.iterdir()] == [TUNING_FILE]
     for number in range(20):
         first.add(Scored([[0, 0, 0, 0], [number % 3, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]))
     assert [text.runs[1][0] for text in first.texts[:2]] == [4 % 3, 5 % 3], "the latest 16"
@@ -144,16 +145,16 @@ def test_what_is_known_is_found_out_once_and_kept_beside_the_checkpoint(tmp_path
     ["{", "[]", '{"forwards": {"here": 3}}', '{"forwards": {}, "block_size": 4, "texts": [[[9, 0, 0, 0]]]}', "\0"],
 )
 def test_a_broken_file_is_no_reason_to_fail(content: str, tmp_path: Path) -> None:
-    (tmp_path / timing.FILE).write_text(content)
+    (tmp_path / TUNING_FILE).write_text(content)
     known = known_of(trained_pair("mixtral").layout, SETTINGS, 1, tmp_path)
     assert known.times.seconds.keys() == {1}
     assert known.texts == []
-    document = json.loads((tmp_path / timing.FILE).read_text())
+    document = json.loads((tmp_path / TUNING_FILE).read_text())
     assert document["forwards"].keys() == {known.times.machine}
 
 
 def test_other_machines_times_stay(tmp_path: Path) -> None:
     other = {"forwards": {"another machine": {"1": {"1": 0.5}}}, "block_size": 0, "texts": []}
-    (tmp_path / timing.FILE).write_text(json.dumps(other))
+    (tmp_path / TUNING_FILE).write_text(json.dumps(other))
     known_of(trained_pair("mixtral").layout, SETTINGS, 1, tmp_path)
-    assert json.loads((tmp_path / timing.FILE).read_text())["forwards"]["another machine"] == {"1": {"1": 0.5}}
+    assert json.loads((tmp_path / TUNING_FILE).read_text())["forwards"]["another machine"] == {"1": {"1": 0.5}}

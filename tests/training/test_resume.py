@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import random
+import resource
 import signal
 import subprocess
 import sys
 import time
-import traceback
 import zlib
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,13 @@ import torch
 from safetensors.torch import load_file
 
 from tests.checkpoint.disk import small_disk
+from tests.training.killing import MOMENTS
 from tests.training.runs import make_run, metrics_of
 from zconvert.errors import UserError
 from zconvert.recipe import MidtrainRecipe
 from zconvert.training import stages
 from zconvert.training.loop import Progress
+from zconvert.training.metrics import METRICS_FILE, metrics_file
 from zconvert.training.parallel import Parallel
 from zconvert.training.state import load_latest, load_state, save_state, states_in
 
@@ -78,44 +79,18 @@ def test_a_run_killed_and_started_again_equals_the_uninterrupted_one(
 
 
 @pytest.mark.slow
-def test_a_run_killed_twenty_times_in_steps_and_saves_equals_the_uninterrupted_one(tmp_path: Path) -> None:
-    settings = make_run(tmp_path, save_dtype="float32", save_steps=1, max_steps=250)
-    assert os.waitpid(_forked({**settings, "output_dir": str(tmp_path / "whole")}), 0)[1] == 0
-    run_dir, moments, saving = tmp_path / "run", random.Random(0), 0
-    states = run_dir / "train_state"
-    for kill in range(20):
-        before, process = states_in(run_dir), _forked(settings)
-        while states_in(run_dir) == before:
-            assert os.waitpid(process, os.WNOHANG) == (0, 0), f"it ended by itself, after {kill} kills"
-            time.sleep(0.001)
-        if kill % 2:
-            time.sleep(moments.uniform(0, 0.2))
-        else:
-            while not list(states.glob(".step-*")):
-                pass
-        os.kill(process, signal.SIGKILL)
-        assert os.waitpid(process, 0)[1] == signal.SIGKILL
-        saving += bool(list(states.glob(".step-*")))
-    assert saving >= 5
-    assert os.waitpid(_forked(settings), 0)[1] == 0
-    assert not list(states.glob(".*"))
-    assert metrics_of(run_dir) == metrics_of(tmp_path / "whole")
-    assert _same(_weights(run_dir / "checkpoint"), _weights(tmp_path / "whole" / "checkpoint"))
-
-
-def _forked(settings: dict[str, Any]) -> int:
-    """Trains in another process, which need not import torch first; its id."""
-    process = os.fork()
-    if process == 0:
-        code = 1
-        try:
-            _train(settings)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return process
+def test_a_run_killed_twenty_times_at_its_start_in_steps_and_in_saves_equals_the_uninterrupted_one(
+    tmp_path: Path,
+) -> None:
+    command = [sys.executable, "-m", "tests.training.killing", str(tmp_path), "20"]
+    killing = subprocess.run(command, capture_output=True, text=True, env=_environment())
+    assert killing.returncode == 0, killing.stderr
+    met = json.loads(killing.stdout)
+    assert min(met[moment] for moment in MOMENTS) >= 3, met
+    run_dir, whole = tmp_path / "run", tmp_path / "whole"
+    assert not list(run_dir.rglob(".*")), "what a kill left is cleaned up"
+    assert metrics_of(run_dir) == metrics_of(whole)
+    assert _same(_weights(run_dir / "checkpoint"), _weights(whole / "checkpoint"))
 
 
 def _environment() -> dict[str, str]:
@@ -217,6 +192,22 @@ def test_a_full_disk_stops_the_run_with_one_error_and_it_goes_on_once_there_is_s
         _train(settings)
         assert metrics_of(run_dir) == metrics_of(reference)
         assert (run_dir / "checkpoint" / "model.safetensors").exists()
+
+
+def test_a_row_of_metrics_of_which_the_disk_takes_a_part_is_an_error(tmp_path: Path) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with metrics_file(tmp_path, 0) as add:
+        add({"step": 1})
+        size = (tmp_path / METRICS_FILE).stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, limit[1]))
+        try:
+            with pytest.raises(UserError, match="cannot be written"):
+                add({"step": 2})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with metrics_file(tmp_path, 1) as add:
+        add({"step": 2})
+    assert metrics_of(tmp_path) == [{"step": 1}, {"step": 2}]
 
 
 @pytest.mark.parametrize("free", ["0k", "12k"])

@@ -16,7 +16,7 @@ from typing import Any
 import zconvert
 from zconvert.checkpoint.card import Facts, inherited_metadata, model_card
 from zconvert.checkpoint.engines import serving_lines
-from zconvert.checkpoint.folder import ORIGINALS, copy, copy_companions, link, new_folder, sha256
+from zconvert.checkpoint.folder import EVALUATION_FOLDER, ORIGINALS, copy, copy_companions, link, new_folder, sha256
 from zconvert.checkpoint.headers import INDEX_FILE, Headers, read_headers
 from zconvert.checkpoint.json_patch import parse_json_object, patch_json, read_json, read_json_text
 from zconvert.checkpoint.mask_token import choose_mask_token, tokenizer_patches
@@ -46,7 +46,7 @@ _REQUIREMENTS_HEAD = """\
 """
 RECIPE_FILE = "zconvert_config.yaml"
 PLOTS_FOLDER = "plots"
-EVALUATION_FILE = "evaluation/results.json"
+EVALUATION_FILE = f"{EVALUATION_FOLDER}/results.json"
 """in a run's folder, a checkpoint's or an export's: what `zconvert evaluate` measured"""
 _RUN_REPORT = "report"
 """folder of a run in which `zconvert report` draws"""

@@ -9,7 +9,9 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Collection, Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +31,16 @@ _FIXES = {
 }
 BASE_CARD = "BASE_MODEL_CARD.md"
 """under this name the base's README.md travels: its licence and lineage, beside a card that tells of the conversion"""
-_STAY = {"README.md", "zconvert_config.yaml", "provenance.json", "trainer_state.json", "model.safetensors.index.json"}
+TUNING_FILE, EVALUATION_FOLDER = "tuning.json", "evaluation"
+"""what decoding and evaluating leave in a checkpoint's folder, and no part of it"""
+_STAY = {
+    TUNING_FILE,
+    "README.md",
+    "zconvert_config.yaml",
+    "provenance.json",
+    "trainer_state.json",
+    "model.safetensors.index.json",
+}
 _STAY_SUFFIXES = {
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".tflite"),
     *(".tmp", ".lock", ".incomplete"),
@@ -92,6 +103,22 @@ def new_folder(out: Path) -> Iterator[Path]:
         if refusal is not None:
             raise refusal from error
         raise
+
+
+@contextlib.contextmanager
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """Makes a folder where the system has such things, and removes it after the block.
+
+    Raises:
+        UserError: none can be made.
+    """
+    try:
+        made = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
+    except OSError as error:
+        fix = "free some space there, or set TMPDIR to a folder on another disk"
+        raise UserError("no temporary folder can be made", found=error, fix=fix) from error
+    with made as folder:
+        yield Path(folder)
 
 
 @contextlib.contextmanager
@@ -163,6 +190,22 @@ def write_file(path: Path, content: str | bytes) -> None:
             with contextlib.suppress(OSError):
                 partial.unlink()
             raise
+
+
+def add_line(file: FileIO, line: str) -> None:
+    """Adds a line to a file that grows; it is there when this returns.
+
+    Args:
+        file: opened for appending without a buffer, which would fail once more when it is closed.
+        line: without its end.
+
+    Raises:
+        UserError: it cannot be written; a part of the line may be there.
+    """
+    rest = f"{line}\n".encode()
+    with writing(Path(file.name)):
+        while rest:  # the kernel may write a part of it, and say why only when asked for the rest
+            rest = rest[file.write(rest) :]
 
 
 def place(src: Path, dst: Path) -> Placed:

@@ -59,7 +59,7 @@ def _take(path: Path, out: Path) -> int | None:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Who held it may have removed the file between the two: then this lock is on a file that nobody finds.
-            if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
+            if _is(handle, path):
                 return handle
             os.close(handle)
         except BlockingIOError:
@@ -76,6 +76,13 @@ def _take(path: Path, out: Path) -> int | None:
             with contextlib.suppress(OSError):
                 path.unlink()
             return None
+
+
+def _is(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _sign(handle: int) -> None:

@@ -14,12 +14,12 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from zconvert.checkpoint import probe
+from zconvert.checkpoint.folder import temporary_folder
 from zconvert.checkpoint.headers import read_headers
 from zconvert.checkpoint.json_patch import read_json
 from zconvert.checkpoint.mask_token import choose_mask_token, read_vocabulary, tokenizer_patches
@@ -128,10 +128,10 @@ def _run_outside(folder: Path, kind: str, ids: list[int]) -> tuple[dict[str, Any
 
     prompts = [ids[:length] for length in _PROMPT_LENGTHS]
     request = json.dumps({"ids": ids, "prompts": prompts, "max_new_tokens": _NEW_TOKENS})
-    with tempfile.TemporaryDirectory(prefix="zconvert-") as work:
-        logits = Path(work) / "logits.safetensors"
+    with temporary_folder("zconvert-") as work:
+        logits = work / "logits.safetensors"
         # transformers keeps the code that it runs in a cache of its own: not in the user's.
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(work) / "modules")}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(work / "modules")}
         ran = subprocess.run(
             [sys.executable, "-P", probe.__file__, str(folder.absolute()), kind, str(logits)],
             input=request,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,11 +14,18 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from zconvert.checkpoint.folder import EVALUATION_FOLDER
 from zconvert.checkpoint.source import RUN_CHECKPOINT, Source, require_converted, resolve
 from zconvert.cli import options
 from zconvert.cli.ui import err, out, plural, print_json, show_table
 
-FOLDER = "evaluation"
+
+class Mode(StrEnum):
+    """Values of --mode; not auto, which may change plans on the way, so that no seed would repeat a text."""
+
+    SINGLE = "single"
+    TWO = "two"
+
 
 AllowCodeExec = Annotated[
     bool,
@@ -78,12 +86,7 @@ def command(
             rich_help_panel=options.SAMPLING,
         ),
     ] = None,
-    top_p: Annotated[
-        float,
-        typer.Option(
-            help="Sample among the likeliest tokens of this total probability.", rich_help_panel=options.SAMPLING
-        ),
-    ] = 1.0,
+    top_p: options.TopP = 1.0,
     limit: Annotated[int | None, typer.Option(min=1, help="Take only the first N problems of each task.")] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of an answer at most. Default: each task's.")
@@ -109,11 +112,11 @@ def command(
         bool, typer.Option("--no-score", help="Make the samples and stop; `zconvert score` goes on from there.")
     ] = False,
     mode: Annotated[
-        options.Mode,
+        Mode,
         typer.Option(
             help="single: forwards verify and draft at once; two: they take turns.", rich_help_panel=options.DECODING
         ),
-    ] = options.Mode.SINGLE,
+    ] = Mode.SINGLE,
     proposals: options.Proposals = None,
     block_size: options.BlockSize = None,
     dtype: options.DtypeOption = options.Dtype.AUTO,
@@ -130,8 +133,6 @@ def command(
     """
     counts = options.accepted_counts(proposals, block_size)
     ks = options.numbers(k, "--k")
-    if mode is options.Mode.AUTO:
-        raise typer.BadParameter("seeds repeat no text where plans change on the way", param_hint="--mode auto")
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise typer.BadParameter("name at least one task; see `zconvert tasks list`", param_hint="--tasks")
@@ -162,7 +163,7 @@ def command(
             margin=margin / 100,
             proposals=counts,
             block_size=block_size,
-            two_forwards=mode is options.Mode.TWO,
+            two_forwards=mode is Mode.TWO,
         )
         plan.decoding(settings)
         loaded = _load(checkpoint, revision, token, str(dtype), str(device), threads)
@@ -269,8 +270,8 @@ def _load(name: str, revision: str | None, token: str | None, dtype: str, device
 def _default_folder(source: Source) -> Path:
     """Where `zconvert export` looks for results: in the run's folder, or the checkpoint's."""
     if source.revision is not None:
-        return Path(FOLDER)
-    return (source.folder.parent if source.folder.name == RUN_CHECKPOINT else source.folder) / FOLDER
+        return Path(EVALUATION_FOLDER)
+    return (source.folder.parent if source.folder.name == RUN_CHECKPOINT else source.folder) / EVALUATION_FOLDER
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from zconvert.checkpoint.folder import temporary_folder
 from zconvert.checkpoint.json_patch import read_named_json
 from zconvert.checkpoint.source import Source, resolve
 from zconvert.cli import options
@@ -229,8 +229,8 @@ def _push(checkpoint: str, target: Target, dry_run: bool, as_json: bool, choices
         err.print(Text(f"Uploading {step.name} ({number} of {count}, {size(step.bytes)})"), soft_wrap=True)
 
     # Only read, and gone again: so weights that do not change are links.
-    with tempfile.TemporaryDirectory(prefix="zconvert-export-") as work:
-        folder = Path(work) / target.repo.rsplit("/", 1)[-1]
+    with temporary_folder("zconvert-export-") as work:
+        folder = work / target.repo.rsplit("/", 1)[-1]
         verify = choices.pop("verify") and not dry_run
         report = export_shown(checkpoint, folder, token=target.token, as_links=True, verify=verify, **choices)
         if dry_run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -33,7 +34,7 @@ def list_recipes() -> None:
     table.add_column("Name", no_wrap=True)
     table.add_column("What")
     for folder in folders():
-        files = ", ".join(path.stem for path in sorted(folder.glob("*.yaml")))
+        files = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
         table.add_row(Text(folder.name, style="bold"), Text(f"{_about(folder)}\n{files}"))
     ui.out.print(table)
 
@@ -67,8 +68,11 @@ def copy_recipes(
             text = path.read_text(encoding="utf-8")  # recipes name each other, and a chat template beside them
             (made / path.name).write_text(text.replace(f"recipes/{name}/", f"{output.as_posix()}/"), encoding="utf-8")
     ui.out.print(Text(str(output)), soft_wrap=True)
-    for line in _next_steps(output):
-        ui.err.print(Text(line), soft_wrap=True)
+    for line in _missing(output):
+        ui.err.print(Text(f"Not there yet: {line}"), soft_wrap=True)
+    ui.err.print("Next: edit them, as their comments say (zconvert plan PIPELINE tells what it takes), then")
+    for path in sorted(output.glob("pipeline*.yaml"), key=lambda path: path.stem):
+        ui.err.print(Text(f"  zconvert run {shlex.quote(str(path))}"), soft_wrap=True)
 
 
 def folders() -> list[Path]:
@@ -76,22 +80,22 @@ def folders() -> list[Path]:
     return sorted(path.parent for path in FOLDER.glob("*/pipeline.yaml"))
 
 
-def _next_steps(folder: Path) -> Iterator[str]:
-    """How to run copied recipes, and under each pipeline what it reads that is not there yet."""
+def _missing(folder: Path) -> Iterator[str]:
+    """What the pipelines of a folder read that is neither here nor on the Hub, and which recipe says so."""
     from zconvert.checkpoint.source import HUB_ID
     from zconvert.recipe import load_pipeline
 
-    for number, pipeline in enumerate(sorted(folder.glob("pipeline*.yaml"), reverse=True)):
-        yield f"{'or' if number else 'Next: edit them, then'} zconvert run {pipeline}"
+    read = []
+    for pipeline in sorted(folder.glob("pipeline*.yaml"), key=lambda path: path.stem):
         stages = load_pipeline(pipeline)
         first, start = stages[0]  # the others start from what the one before writes
-        named = [("base_model", first.name, start.base_model)]
+        read.append((start.base_model, "base_model", first))
         for path, recipe in stages:
             datasets = getattr(recipe, "datasets", ())  # convert-init has none
-            named += [("datasets", path.name, dataset.path or dataset.prompts_path) for dataset in datasets]
-        for key, file, name in named:
-            if not HUB_ID.fullmatch(name) and not Path(name).expanduser().exists():
-                yield f"  {name} is not there yet: {key} in {file}"
+            read += [(dataset.path or dataset.prompts_path, "datasets", path) for dataset in datasets]
+    for name, key, path in read:
+        if not HUB_ID.fullmatch(name) and not Path(name).expanduser().exists():
+            yield f"{name} ({key} in {path.name})"
 
 
 def _about(folder: Path) -> str:

@@ -25,6 +25,8 @@ from zconvert.errors import UserError, out_of_memory
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""errors of a write; where no file is named it was to stdout, since writes to files are told of as `UserError`"""
 
 # rich takes NO_COLOR to mean no colours, and leaves bold; here it means plain text.
 _COLORS: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
@@ -139,7 +141,9 @@ def handled(command: Command) -> Command:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
-            return command(*args, **kwargs)
+            done = command(*args, **kwargs)
+            sys.stdout.flush()  # what cannot be written is told here, while there are words for it
+            return done
         except UserError as error:
             _print_traceback()
             print_error(error)
@@ -152,11 +156,14 @@ def handled(command: Command) -> Command:
                 raise
             if type(error).__module__.split(".")[0] in ("typer", "click"):
                 raise
-            if (said := out_of_memory(error)) is None:
-                _print_unexpected(error)
-            else:
+            if (said := out_of_memory(error)) is not None:
                 _print_traceback()
                 print_error(_too_little_memory(said, kwargs))
+            elif isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
+                _print_traceback()
+                print_error(_lost_output(error))
+            else:
+                _print_unexpected(error)
         except BaseException as error:
             if type(error).__name__ != "PanicException":  # of the tokenizers library, such as by a pattern of no end
                 raise
@@ -192,6 +199,16 @@ def _too_little_memory(said: str, options: dict[str, Any]) -> UserError:
 
         return too_little_for_decoding(str(options["checkpoint"]), said, options)
     return UserError("there is too little memory", found=said, fix="close other programs, or take a larger machine")
+
+
+def _lost_output(error: OSError) -> UserError:
+    """What is wrong with stdout; what it still holds is dropped, or it would fail again at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return UserError(
+        "what the command prints cannot be written",
+        found=error.strerror,
+        fix="free some space where its output goes, and run it again",
+    )
 
 
 def _print_unexpected(error: BaseException) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
 import re
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -306,7 +308,16 @@ _worker_rules: list[Rules] = []
 def _begin(rules: list[Rules]) -> None:
     """In a worker: Ctrl-C reaches it too, but ending it is its parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker_rules[:] = rules
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed tells nobody, and its workers would wait for rows for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker was started by another process"
+    parent.join()
+    os._exit(1)
 
 
 def _work(dataset: int, rows: Sequence[RawRow]) -> list[Outcome]:

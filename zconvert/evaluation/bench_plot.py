@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from zconvert.checkpoint.folder import write_file
+from zconvert.checkpoint.folder import own_file, write_file
 from zconvert.errors import UserError
 from zconvert.page import png
 
@@ -44,7 +44,8 @@ def draw(document: dict[str, Any], path: Path) -> None:
 
     image = png(bars, (2 + 1.6 * max(2, len(places)) + 0.3 * len(names), 4))
     assert image is not None
-    write_file(path, image)
+    with own_file(path):
+        write_file(path, image)
 
 
 def _place(entry: dict[str, Any]) -> tuple[int, int, int | None]:

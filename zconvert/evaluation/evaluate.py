@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from zconvert.checkpoint.folder import own_folder
+from zconvert.checkpoint.folder import TUNING_FILE, own_folder
 from zconvert.checkpoint.load import end_token_ids
 from zconvert.checkpoint.source import Source
 from zconvert.errors import UserError
@@ -21,7 +21,6 @@ from zconvert.evaluation.sampling import Column, Progress, ask, make_samples, pl
 from zconvert.evaluation.tasks import Problem, Task, load_task, problems_of
 from zconvert.formats import EVALUATION
 from zconvert.page import require_drawing
-from zconvert.serving.timing import FILE as TUNING
 from zconvert.tidar.acceptance import Sampling
 from zconvert.tidar.decoding import DecodePlan
 from zconvert.tidar.generate import layout_model_of
@@ -227,7 +226,7 @@ def _identity(source: Source) -> dict[str, Any]:
     if source.revision is not None:
         return {"name": source.name, "revision": source.revision}
     files = sorted(path for path in source.folder.iterdir() if path.suffix in (".safetensors", ".json"))
-    files = [path for path in files if path.name != TUNING]  # grows while others decode with the checkpoint
+    files = [path for path in files if path.name != TUNING_FILE]  # grows while others decode with the checkpoint
     stamps = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return {"name": source.name, "revision": None, "files": stamps}
 

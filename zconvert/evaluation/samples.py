@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from zconvert.checkpoint.folder import write_file, writing
+from zconvert.checkpoint.folder import add_line, write_file, writing
 from zconvert.errors import UserError
 from zconvert.formats import EVALUATION, up_to_date
 
@@ -55,23 +56,25 @@ def read_lines(path: Path) -> list[Sample]:
         UserError: a line is no row.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()  # whose end may be half a character
     except FileNotFoundError:
         return []
     rows: list[Sample] = []
-    for number, line in enumerate(text.split("\n")[:-1], 1):
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
         try:
             row = json.loads(line)
             key_of(row)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"line {number} of {path} is no sample", found=line[:80], fix="remove the line, and run it again"
+                f"line {number} of {path} is no sample",
+                found=line[:80].decode(errors="replace"),
+                fix="remove the line, and run it again",
             ) from error
         rows.append(row)
     return rows
 
 
-def open_to_append(path: Path) -> IO[str]:
+def open_to_append(path: Path) -> FileIO:
     """Opens a file of samples to go on with; a last line that was cut short by an interrupt is removed."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,14 +84,12 @@ def open_to_append(path: Path) -> IO[str]:
             end -= 1
         file.truncate(end)
         file.close()
-        return path.open("a", encoding="utf-8")
+        return path.open("ab", buffering=0)
 
 
-def append(file: IO[str], sample: Sample) -> None:
+def append(file: FileIO, sample: Sample) -> None:
     """Adds a sample; it is in the file when this returns."""
-    with writing(Path(file.name)):
-        file.write(json.dumps(sample, ensure_ascii=False) + "\n")
-        file.flush()
+    add_line(file, json.dumps(sample, ensure_ascii=False))
 
 
 def write_whole(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -141,8 +142,11 @@ def go_on_with(folder: Path, settings: dict[str, Any]) -> None:
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     for key in sorted(before.keys() | now.keys()):
-        if key not in FREE and before.get(key) != now.get(key):
-            yield f"{key} was {_short(before.get(key))} and is {_short(now.get(key))}"
+        was, is_now = before.get(key), now.get(key)
+        if key in FREE or was == is_now:
+            continue
+        told = f"{key} was {_short(was)} and is {_short(is_now)}"
+        yield told if _short(was) != _short(is_now) else f"{key} {_short(was)} has changed"
     for name in before["tasks"].keys() & now["tasks"].keys():
         was, is_now = before["tasks"][name]["asked"], now["tasks"][name]["asked"]
         if was != is_now:
@@ -151,5 +155,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, dict) and "name" in value:  # a checkpoint
+        return str(value["name"])
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "…"

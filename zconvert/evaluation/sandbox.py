@@ -12,11 +12,11 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zconvert.checkpoint.folder import temporary_folder
 from zconvert.errors import UserError
 
 _CELL = Path(__file__).with_name("sandbox_cell.py")
@@ -85,7 +85,7 @@ def run_code(program: Program, limits: Limits | None = None, *, guard: bool = Tr
     cases = program.cases or ()
     job = _job(program, limits, guard=guard, namespaces=namespaces)
     seconds = limits.seconds * max(len(cases), 1) + _GRACE
-    with tempfile.TemporaryDirectory(prefix="zconvert-sample-", ignore_cleanup_errors=True) as folder:
+    with temporary_folder("zconvert-sample-") as folder:
         os.chmod(folder, 0o777)  # a sample of root's runs as another user
         cell = subprocess.Popen(
             [sys.executable, "-I", "-B", str(_CELL)],
@@ -93,7 +93,7 @@ def run_code(program: Program, limits: Limits | None = None, *, guard: bool = Tr
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             cwd=folder,
-            env={"TMPDIR": folder, "HOME": folder, "LC_ALL": "C.UTF-8"},
+            env={"TMPDIR": str(folder), "HOME": str(folder), "LC_ALL": "C.UTF-8"},
             start_new_session=True,
         )
         try:

@@ -21,6 +21,8 @@ from zconvert.tidar.decoding import Request
 from zconvert.tidar.engine import Engine, run
 
 _EXPECTED = 'one JSON object a line, with "prompt", else "text", or with "messages"; "id", "seed", "max_new_tokens" too'
+_BEGINNING = b'{"index": '
+"""of every line that `write_texts` writes"""
 
 
 class Row(BaseModel):
@@ -97,7 +99,7 @@ def _row(line: str, number: int) -> Row:
     texts = [given[name] for name in PROMPT_FIELDS if given.get(name) is not None]
     in_words = given.get("messages") is not None
     if not texts and not in_words:
-        raise ValueError(f"no prompt, but {', '.join(map(repr, given)) or 'nothing'}")
+        raise ValueError(f"no prompt, but {', '.join(map(repr, given))[:200] or 'nothing'}")
     # Beside messages a text is one more column of the data; a prompt beside them leaves open what is asked.
     prompt = given.get("prompt") if in_words else texts[0]
     return Row.model_validate({**given, "prompt": prompt, "line": number})
@@ -126,6 +128,8 @@ def rows_done(out: Path, rows: Sequence[Row]) -> set[int]:
         whole = 0
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
+                if not _BEGINNING.startswith(line[: len(_BEGINNING)]):
+                    _index_of(line, rows, f"{out}, line {number}")  # refuses it: it is somebody else's, and stays
                 break
             whole += len(line)
             done.add(_index_of(line, rows, f"{out}, line {number}"))

@@ -6,6 +6,7 @@ all machines.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import time
@@ -19,6 +20,7 @@ import torch
 import transformers
 
 from zconvert import __version__
+from zconvert.checkpoint.folder import TUNING_FILE
 from zconvert.serving.hindsight import Outcome, Scored, replay
 from zconvert.tidar.acceptance import Drafts, Sampling, make_drafts, verify
 from zconvert.tidar.cache import TidarCache
@@ -27,7 +29,6 @@ from zconvert.tidar.layout import decode_layout
 from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.settings import TidarSettings
 
-FILE = "tuning.json"
 CONTEXT = 256  # tokens in the cache of the forwards that are timed
 _REPEATS = 5
 _KEPT = 16  # scored texts
@@ -140,12 +141,13 @@ class Known:
         document = _read(self.file)
         forwards = {**document["forwards"], self.times.machine: self.times.seconds}
         told = {"forwards": forwards, "block_size": _width(self.texts), "texts": [text.runs for text in self.texts]}
-        partial = self.file.with_name(f".{FILE}.partial")
+        partial = self.file.with_name(f".{TUNING_FILE}.partial")
         try:
             partial.write_text(json.dumps(told) + "\n", encoding="utf-8")
             partial.replace(self.file)
-        except OSError:
-            partial.unlink(missing_ok=True)  # somebody else's folder: then all is found out each time
+        except OSError:  # somebody else's folder: then all is found out each time
+            with contextlib.suppress(OSError):
+                partial.unlink()
 
 
 def known_of(
@@ -165,7 +167,7 @@ def known_of(
         folder: of the checkpoint; None, or a folder that cannot be written: they are measured each time.
         on_progress: of the measurement.
     """
-    file = None if folder is None else folder / FILE
+    file = None if folder is None else folder / TUNING_FILE
     kept = _read(file)
     texts = [Scored(runs) for runs in kept["texts"]] if kept["block_size"] == settings.block_size else []
     machine = machine_of(model)

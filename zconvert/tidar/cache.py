@@ -53,7 +53,9 @@ class TidarCache(Cache):
         self.fixed = -(-(self.get_seq_length() + count) // GROWTH) * GROWTH
         for place, held in self._slots.items():
             if held.shape[-2] <= self.fixed:
-                self._slots[place] = self._grown(held, held, self.fixed + 1)
+                self._slots[place] = held = self._grown(held, held, self.fixed + 1)
+            if held.is_cuda:  # a CUDA graph writes where they lie, instead of taking a copy along
+                torch._dynamo.mark_static_address(held)
         self._scratch(count, device)
 
     @property

@@ -155,6 +155,7 @@ class Engine:
         for row in [row for row in self._rows if row.result.finish is not None]:
             self._exchange(self._rows.index(row), len(self._rows) - 1)
             self._rows.pop()
+            self._cache.clear(len(self._rows))
             self._ended.append(row.result)
             self.counters.requests += 1
         self._readers_last()
@@ -166,7 +167,6 @@ class Engine:
             if result.finish is not None:
                 self.counters.requests += 1
                 continue
-            self._cache.clear(len(self._rows))
             self._rows.append(self._new_row(result, generator))
 
     def _new_row(self, result: Result, generator: torch.Generator | None) -> Row:

@@ -7,46 +7,36 @@ the train state, and nothing else decides it.
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from zconvert.checkpoint.folder import write_file, writing
 from zconvert.data.packing import Batch, PackedRows
 from zconvert.errors import UserError
-from zconvert.formats import TRAIN_STATE, up_to_date
 from zconvert.recipe import TrainingRecipe
 from zconvert.tidar.settings import TidarSettings
+from zconvert.training.continuing import resume_run, save_run, unharmed
 from zconvert.training.implementations import checkpoint_activations
-from zconvert.training.objective import LossSums, Targets, expected_accepted, packed_losses, scored_tokens
+from zconvert.training.metrics import Window, metrics_file
+from zconvert.training.objective import LossSums, Targets, packed_losses, scored_tokens
 from zconvert.training.observers import Observer
 from zconvert.training.optimizer import make_optimizer, set_learning_rate
 from zconvert.training.parallel import Parallel
 from zconvert.training.schedule import learning_rate_factor
 from zconvert.training.slots import draw_slots, random_offsets, row_generators
-from zconvert.training.state import load_latest, load_state, save_state
+from zconvert.training.state import load_latest, load_state
 
-METRICS_FILE = "metrics.jsonl"
 _MOST_NAMED = 8
 """documents that an error names"""
 T = TypeVar("T")
-_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 @dataclass(frozen=True)
@@ -66,23 +56,6 @@ class Interrupted(Exception):
     def __init__(self, signal_number: int, step: int) -> None:
         super().__init__(f"stopped after step {step}; the same command continues from there")
         self.signal_number = signal_number
-
-
-@dataclass
-class _Window:
-    """Sums since the last logged step."""
-
-    ar: float = 0.0
-    diffusion: float = 0.0
-    ar_count: int = 0
-    diffusion_count: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    grad_norm: float = 0.0
-    slot_correct: list[int] = field(default_factory=list)
-    slot_count: list[int] = field(default_factory=list)
-    extras: dict[str, Any] = field(default_factory=dict)
-    """what observers said last"""
 
 
 class Trainer:
@@ -124,7 +97,8 @@ class Trainer:
         self.step = 0
         self.tokens_seen = 0
         self.optimizer = make_optimizer(self.trained.named_parameters(), recipe)
-        self._window = self._new_window()
+        self.window = Window.of(settings.block_size)
+        """sums since the last row of metrics"""
 
     def run(self) -> None:
         """Trains to `max_steps`, from the newest state where the recipe says so.
@@ -139,22 +113,21 @@ class Trainer:
         if recipe.gradient_checkpointing:
             checkpoint_activations(self.layout_model)
         saved_at = time.monotonic()
-        with _signals() as received, self._metrics_file() as metrics_file:
+        rows = metrics_file(self.run_dir, self.step) if self.parallel.first else nullcontext(lambda _row: None)
+        with _signals() as received, rows as add_row:
             while self.step < recipe.max_steps:
                 self._train_step()
                 for observer in self.observers:
-                    self._window.extras |= observer.on_step(self) or {}
+                    self.window.extras |= observer.on_step(self) or {}
                 late = recipe.save_minutes is not None and time.monotonic() - saved_at > 60 * recipe.save_minutes
                 stopping, late = self._agreed(received, late)
                 last = self.is_last
                 if self.logs_now:
                     metrics = self._take_metrics()
-                    if metrics_file is not None:
-                        with writing(self.run_dir / METRICS_FILE):
-                            metrics_file.write((json.dumps(metrics) + "\n").encode())
+                    add_row(metrics)
                     self.on_progress(Progress(metrics=metrics))
                 if self.step % recipe.save_steps == 0 or last or late or stopping is not None:
-                    self._save_state()
+                    save_run(self)
                     saved_at = time.monotonic()
                 if recipe.checkpoint_steps and self.step % recipe.checkpoint_steps == 0 and not last:
                     self._save_checkpoint()
@@ -197,7 +170,7 @@ class Trainer:
         ar_count, diffusion_count = (int(count) // parallel.context for count in counts)
         if not diffusion_count:
             raise UserError(f"step {self.step + 1} has no scored token", fix="check the data's loss masks")
-        window, alpha = self._window, self.alpha
+        alpha = self.alpha
         # This process's part of what is summed over all after the step.
         sums = {"ar": 0.0, "diffusion": 0.0}
         not_finite: list[tuple[float, list[str]]] = []
@@ -219,33 +192,29 @@ class Trainer:
             slot_correct += part.slot_correct
             slot_count += part.slot_count
         parallel.average_gradients(self.trained.parameters())
-        window.grad_norm = parallel.clip_gradients(self.trained.parameters(), recipe.max_grad_norm)
+        grad_norm = parallel.clip_gradients(self.trained.parameters(), recipe.max_grad_norm)
         counted = [*sums.values(), *slot_correct.tolist(), *slot_count.tolist()]
         *totals, anywhere = parallel.sum([*counted, len(not_finite)])
-        if anywhere or not math.isfinite(window.grad_norm):
-            self._refuse_step(not_finite, batches)
+        if anywhere or not math.isfinite(grad_norm):
+            self._refuse_step(not_finite, grad_norm, batches)
         set_learning_rate(self.optimizer, self._learning_rate())
         self.optimizer.step()
         self.step += 1
-        window.ar += totals[0]
-        window.diffusion += totals[1]
-        block_size = self.settings.block_size
-        for window_total, new in (
-            (window.slot_correct, totals[2 : 2 + block_size]),
-            (window.slot_count, totals[2 + block_size :]),
-        ):
-            window_total[:] = [a + int(b) for a, b in zip(window_total, new, strict=True)]
-        window.ar_count += ar_count
-        window.diffusion_count += diffusion_count
         tokens = sum(batch.input_ids.numel() for batch in batches) * parallel.data_world
-        window.tokens += tokens
         self.tokens_seen += tokens
-        window.seconds += time.perf_counter() - started
+        self.window.add(
+            losses=(totals[0], totals[1]),
+            counts=(ar_count, diffusion_count),
+            slots=[int(count) for count in totals[2:]],
+            grad_norm=grad_norm,
+            tokens=tokens,
+            seconds=time.perf_counter() - started,
+        )
 
-    def _refuse_step(self, not_finite: list[tuple[float, list[str]]], batches: list[Batch]) -> None:
+    def _refuse_step(self, not_finite: list[tuple[float, list[str]]], grad_norm: float, batches: list[Batch]) -> None:
         """Stops all processes before a step that would spoil the weights, and says which documents it was about."""
         told = [entry for entries in self.parallel.gather(not_finite) for entry in entries]
-        what = f"the loss is {told[0][0]}" if told else f"the gradient's norm is {self._window.grad_norm}"
+        what = f"the loss is {told[0][0]}" if told else f"the gradient's norm is {grad_norm}"
         if not told:
             mine = [(0.0, self.rows.documents_of(batch)) for batch in batches]
             told = [entry for entries in self.parallel.gather(mine) for entry in entries]
@@ -255,11 +224,8 @@ class Trainer:
             f"{what} at step {self.step + 1} of {self.recipe.stage}",
             found=f"in {', '.join(documents[:_MOST_NAMED])}{more}",
             expected="a finite number",
-            fix=f"look at these documents, or lower learning_rate or max_grad_norm; {self._unharmed()}",
+            fix=f"look at these documents, or lower learning_rate or max_grad_norm; {unharmed(self.run_dir)}",
         )
-
-    def _unharmed(self) -> str:
-        return f"the newest state in {self.run_dir} is as it was, and the same command goes on from there"
 
     def _place_slots(self, batch: Batch, micro_batch: int) -> tuple[torch.Tensor | int, torch.Tensor | None]:
         """The phase of a batch's blocks, and which tokens have a mask slot; None: all."""
@@ -332,66 +298,15 @@ class Trainer:
             min_lr_ratio=recipe.min_lr_ratio,
         )
 
-    def _new_window(self) -> _Window:
-        zeros = [0] * self.settings.block_size
-        return _Window(slot_correct=list(zeros), slot_count=list(zeros))
-
     def _take_metrics(self) -> dict[str, Any]:
-        """Means since the last call; the losses in nats a token."""
-        window, self._window = self._window, self._new_window()
-        ar = window.ar / max(1, window.ar_count)
-        diffusion = window.diffusion / window.diffusion_count
-        alpha = self.alpha
-        accuracy = [c / n if n else 0.0 for c, n in zip(window.slot_correct, window.slot_count, strict=True)]
+        """A row: what was since the one before."""
+        window, self.window = self.window, Window.of(self.settings.block_size)
         return {
             "step": self.step,
             "max_steps": self.recipe.max_steps,
-            "loss": (alpha * ar + diffusion) / (1 + alpha),
-            "loss_ar": ar,
-            "loss_diffusion": diffusion,
-            "slot_accuracy": accuracy,
-            "expected_accepted": expected_accepted(accuracy),
             "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
-            "grad_norm": window.grad_norm,
-            "tokens_per_second": window.tokens / window.seconds,
-            "seconds": window.seconds,
-            **window.extras,
+            **window.means(self.alpha),
         }
-
-    def _save_state(self) -> None:
-        self.parallel.rest(self.model)
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-        numbers = {
-            "format_version": TRAIN_STATE,
-            "step": self.step,
-            "tokens_seen": self.tokens_seen,
-            "data": self.rows.state_dict(),
-            "random": self.parallel.gather((torch.get_rng_state(), cuda)),
-            "window": vars(self._window),
-            "observers": [observer.state_dict() for observer in self.observers],
-        }
-        tensors = {**_named("model.", self._weights()), **_named("optimizer.", _tensors(self._optimizer_state()))}
-        # Buffers may hold infinities by design.
-        fixed = _named("model.", dict(self.trained.named_buffers()))
-        learned = {name: tensor for name, tensor in tensors.items() if name not in fixed}
-        spoilt = [name for names in self.parallel.gather(list(_not_finite(learned))) for name in names]
-        if spoilt:
-            raise UserError(
-                f"step {self.step} of {self.recipe.stage} left numbers that are not finite; they are not saved",
-                found=spoilt[0],
-                fix=f"lower learning_rate; {self._unharmed()}",
-            )
-        save_state(self.run_dir, self.step, numbers, tensors, self.recipe.save_total_limit, self.parallel)
-
-    def _weights(self) -> dict[str, torch.Tensor]:
-        """What a state holds of the model; tied weights once. They share the model's memory."""
-        seen: dict[int, str] = {}
-        tensors = self.trained.state_dict(keep_vars=True)
-        return {name: t.detach() for name, t in tensors.items() if seen.setdefault(id(t), name) == name}
-
-    def _optimizer_state(self) -> dict[str, Any]:
-        """By names of parameters, so that it does not depend on how they are grouped."""
-        return get_optimizer_state_dict(self.trained, self.optimizer, options=_FLAT)
 
     def _resume(self) -> None:
         wanted = self.recipe.resume_from_checkpoint
@@ -402,82 +317,9 @@ class Trainer:
             state = load_latest(self.run_dir, warn, self.parallel)
         else:
             state = load_state(Path(wanted), self.parallel)
-        if state is None:
-            return
-        what = f"the train state {state.folder}"
-        numbers = up_to_date(state.numbers, what, TRAIN_STATE, [self._with_tokens_seen])
-        self.rows.load_state_dict(numbers["data"])
-        optimizer = self._optimizer_state()
-        into = {**_named("model.", self._weights()), **_named("optimizer.", _tensors(optimizer))}
-        state.read_into(into, self.parallel)
-        set_optimizer_state_dict(self.trained, self.optimizer, optimizer, options=_FLAT)
-        self.step, self.tokens_seen = numbers["step"], numbers["tokens_seen"]
-        self._window = _Window(**numbers["window"])
-        # A recipe may ask for an evaluation, the last of them, that it did not ask for before; or no more.
-        for observer, observed in zip(self.observers, numbers["observers"], strict=False):
-            observer.load_state_dict(observed)
-        if len(numbers["random"]) == self.parallel.world:
-            cpu, cuda = numbers["random"][self.parallel.rank]
-            torch.set_rng_state(cpu)
-            if cuda is not None:
-                torch.cuda.set_rng_state(cuda)
-        self.on_progress(Progress(message=f"continuing after step {self.step}"))
-
-    def _with_tokens_seen(self, numbers: dict[str, Any]) -> dict[str, Any]:
-        """A state of version 0 did not count them: every step had as many, unless the number of processes changed."""
-        recipe, processes = self.recipe, len(numbers["random"]) // self.parallel.context
-        rows = recipe.micro_batch_size * recipe.gradient_accumulation_steps * processes
-        return {**numbers, "tokens_seen": numbers["step"] * rows * recipe.sequence_len}
-
-    @contextmanager
-    def _metrics_file(self) -> Iterator[Any]:
-        """metrics.jsonl, open for appending, without the rows of steps that will be done again; the first process's."""
-        if not self.parallel.first:
-            yield None
-            return
-        path = self.run_dir / METRICS_FILE
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= self.step:
-                        kept.append(line)
-                except (ValueError, KeyError, TypeError):
-                    break  # a line half-written when the power went: it and what follows will be written again
-        write_file(path, "".join(line + "\n" for line in kept))
-        with writing(path):
-            # Unbuffered: every row is there as soon as it is told of, and a full disk is noticed at its row.
-            file = path.open("ab", buffering=0)
-        with file:
-            yield file
-
-
-def _named(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {prefix + name: tensor for name, tensor in tensors.items()}
-
-
-def _not_finite(tensors: dict[str, torch.Tensor]) -> Iterator[str]:
-    """The first of them that holds NaN or infinity in this process's shard."""
-    for name, tensor in tensors.items():
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        # Smallest and largest see both, and take no memory. Numbers in 8 bits have neither.
-        if local.dtype.is_floating_point and local.dtype.itemsize > 1 and local.numel():
-            low, high = torch.aminmax(local)
-            if not (math.isfinite(low) and math.isfinite(high)):
-                yield name
-                return
-
-
-def _tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors of an optimizer's state; of those that are made of others (in 8 bits, with scales) the others."""
-    found: dict[str, torch.Tensor] = {}
-    for name, value in state.items():
-        if is_traceable_wrapper_subclass(value) and not isinstance(value, DTensor):
-            inner, _ = value.__tensor_flatten__()
-            found |= _tensors({f"{name}.{part}": getattr(value, part) for part in inner})
-        elif isinstance(value, torch.Tensor) and name.startswith("state."):  # the rest is in the recipe
-            found[name] = value
-    return found
+        if state is not None:
+            resume_run(self, state)
+            self.on_progress(Progress(message=f"continuing after step {self.step}"))
 
 
 @contextmanager

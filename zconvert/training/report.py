@@ -16,7 +16,7 @@ from zconvert.checkpoint.folder import own_folder
 from zconvert.errors import UserError
 from zconvert.page import png, write_page
 from zconvert.training.context import CONTEXT_FILE
-from zconvert.training.loop import METRICS_FILE
+from zconvert.training.metrics import METRICS_FILE
 from zconvert.training.moe import ROUTING_FILE
 
 

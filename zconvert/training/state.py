@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zconvert.checkpoint.folder import flush
 from zconvert.errors import UserError
 from zconvert.training.parallel import Parallel
 
@@ -159,10 +160,14 @@ def _finish(partial: Path, final: Path, manifest: dict[str, tuple[int, int]], ke
         json.dump(manifest, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+    flush(partial)
     if final.exists():  # the same step, damaged, or saved by a run that this one resumed behind: the same state
         final.rename(final.with_name(f".{final.name}.old"))
     partial.rename(final)
-    for _, old in states_in(final.parent.parent)[:-keep]:
+    flush(final.parent)  # before what it replaces goes
+    # Later ones are damaged, or of a run that this one resumed behind: none of them counts in this one's place.
+    states = [folder for _, folder in states_in(final.parent.parent)]
+    for old in states[: states.index(final) + 1][:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(final.with_name(f".{final.name}.old"), ignore_errors=True)
 

@@ -111,14 +111,14 @@ def test_greedy_text_is_the_models_own_after_each_prompt_and_only_it_is_scored(
 def test_prompts_are_read_as_generate_reads_them_unless_the_recipe_names_another_field(
     loaded: tuple[Any, Any], tmp_path: Path
 ) -> None:
-    rows = [{"prompt": "ten men", "text": "the tree", "question": "seven"}, {"text": "the tree", "question": "seven"}]
+    rows = [{"prompt": "ten men", "text": "the tree", "question": "seven"}, {"prompt": None, "text": "the tree"}]
 
     def starts(recipe: MidtrainRecipe) -> list[str]:
         found = documents(recipe, loaded)
         return [loaded[1].decode([i for i, scored in zip(*each, strict=True) if not scored][1:]) for each in found]
 
     assert starts(recipe_of(tmp_path / "a", rows)) == ["ten men", "the tree"]
-    assert starts(recipe_of(tmp_path / "b", rows, field="question")) == ["seven", "seven"]
+    assert starts(recipe_of(tmp_path / "b", rows[:1], field="question")) == ["seven"]
 
 
 def test_samples_follow_the_models_distribution_untouched_by_its_generation_config(

@@ -161,18 +161,18 @@ def text_of(value: Any, *fields: str) -> str:
 
     Args:
         value: a row, or the text of a whole file.
-        fields: keys of the text; the first one that the row has counts.
+        fields: keys of the text; the first one that the row has a value for counts.
 
     Raises:
         UserError: there is none.
     """
     if isinstance(value, dict):
-        field = next((field for field in fields if field in value), None)
-        if field is None:
+        fix = f"each row must have a text under {' or '.join(map(repr, fields))} (datasets[].field in the recipe)"
+        there = sorted((field for field in fields if field in value), key=lambda field: value[field] is None)
+        if not there:
             wanted = " and ".join(map(repr, fields))
-            fix = f"each row must have a text under {' or '.join(map(repr, fields))} (datasets[].field in the recipe)"
             raise UserError(f"it lacks {wanted}", found="keys " + ", ".join(map(repr, value)), fix=fix)
-        value = value[field]
+        field, value = there[0], value[there[0]]
         if not isinstance(value, str):
             raise UserError(f"{field!r} is no text", found=type(value).__name__, fix=fix)
         if _SURROGATES.search(value):

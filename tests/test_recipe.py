@@ -171,6 +171,8 @@ def test_proposals_beyond_the_block_are_refused(tmp_path: Path) -> None:
         "a: " + "[" * 5000,
         "a: 2024-13-45",
         "a: \x00",
+        r'"\uD800": 1',
+        r'a: ["\uDFFF"]',
     ],
 )
 def test_a_file_that_is_no_plain_yaml_mapping_is_one_clear_error(tmp_path: Path, text: str) -> None:

@@ -113,6 +113,24 @@ def test_copied_recipes_name_what_was_copied_along_with_them(tmp_path: Path) -> 
     assert not [path.name for path in mine.iterdir() if "recipes/" in path.read_text()]
 
 
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_copy_says_what_its_pipelines_read_that_is_not_there_yet(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # as who has only the wheel
+    said = CliRunner().invoke(app, ["recipes", "copy", name, "mine"]).stderr
+    for pipeline in Path("mine").glob("pipeline*.yaml"):
+        (_, first), *others = load_pipeline(pipeline)
+        needed = [dataset.path for _, recipe in others for dataset in recipe.datasets]  # type: ignore[attr-defined]
+        needed += [first.base_model] * first.base_model.startswith("examples/")
+        for path in needed:
+            assert f"Not there yet: {path} (" in said
+            Path(path).mkdir(parents=True, exist_ok=True)
+    said = CliRunner().invoke(app, ["recipes", "copy", name, "again"]).stderr
+    assert "zconvert run again/pipeline.yaml" in said
+    assert "Not there yet" not in said
+
+
 def test_what_is_said_to_be_next_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     said = CliRunner().invoke(app, ["recipes", "copy", "qwen3-30b-a3b", "my recipes"]).stderr

@@ -91,7 +91,11 @@ def test_it_says_plainly_when_plain_ar_is_faster() -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("", "has no prompts"), ("{", "line 1 is not JSON"), ('{"prompt": "a"}\n{"question": 1}', "line 2 has no prompt")],
+    [
+        ("", "has no prompts"),
+        ("{", "line 1 is no row of prompts"),
+        ('{"prompt": "a"}\n{"question": 1}', "line 2 is no row of prompts found: no prompt, but 'question'"),
+    ],
 )
 def test_a_bad_prompts_file_is_refused_with_its_line(converted: Path, tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "bad.jsonl"

@@ -21,10 +21,14 @@ from tests.planning.models import QWEN3_30B, ZAYA_8B
 from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.source import resolve
 from zconvert.cli import plan
+from zconvert.planning.calibrate import Calibrated
+from zconvert.planning.decoding import Calibration
 from zconvert.planning.from_config import shapes_from_config
 from zconvert.planning.heatmap import colour_of
 from zconvert.planning.machines import MACHINES
 from zconvert.planning.plan import CONTEXTS, count_of
+from zconvert.planning.step_time import row_flops
+from zconvert.planning.target import find_target
 from zconvert.tidar.settings import GatedParts
 
 ZAYA = {"model_type": "zaya", **ZAYA_8B}
@@ -108,9 +112,36 @@ def test_a_small_model_has_figures_above_nought_and_time_in_seconds(tmp_path: Pa
     source = make_checkpoint(tmp_path / "source", "qwen3_moe")
     convert_init(resolve(source), tmp_path / "init", block_size=8, gated=GatedParts(rank=4))
     (tmp_path / "midtrain.yaml").write_text(RECIPE.format(base=tmp_path / "init"))
-    shown = run(tmp_path / "midtrain.yaml", "--gpu", "cpu", "--gpus", 1).stdout
+    shown = run(tmp_path / "midtrain.yaml", "--gpu", "cpu", "--efficiency", 0.3).stdout
     assert not re.search(r"total +│ +0\.0+ of|: 0(\.0+)? of", shown)
     assert re.search(r"time +│ +\d+ seconds", shown)
+
+
+def test_how_long_a_cpu_trains_is_unknown_until_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert_init(resolve(make_checkpoint(tmp_path / "source", "qwen3_moe")), tmp_path / "init", block_size=8)
+    (tmp_path / "midtrain.yaml").write_text(RECIPE.format(base=tmp_path / "init").replace("bfloat16", "float32"))
+    arguments = (tmp_path / "midtrain.yaml", "--gpu", "cpu")
+    told = document(*arguments)
+    time = told["stages"][0]["time"]
+    assert told["gpus"] == 1
+    assert [time[key] for key in ("step_seconds", "tokens_per_second", "parts_seconds")] == [None] * 3
+    assert told["time"] == {"days": None, "gpu_hours": None, "dollars": None}
+    assert "How long training takes is unknown: --calibrate measures it" in run(*arguments).stdout
+
+    here = MACHINES["cpu"].model_copy(update={"fp32_tflops": 0.1, "training_efficiency": 0.5, "name": "this CPU"})
+    asked: list[Any] = []
+
+    def measured(*_: Any, work: Any, **__: Any) -> Calibrated:
+        asked.append(work)
+        return Calibrated(here, Calibration(0.0, 1e-3, 0.0, 0.0, 0.0), (), ())
+
+    monkeypatch.setattr("zconvert.planning.calibrate.calibrate", measured)
+    told = document(*arguments, "--calibrate")
+    assert (asked[0].micro_batch_size, asked[0].sequence_len) == (3, 256)
+    facts = find_target(str(tmp_path / "init")).facts
+    flops = 3 * row_flops(facts, asked[0])
+    assert told["stages"][0]["time"]["parts_seconds"]["compute"] == pytest.approx(flops / 0.05e12)
+    assert told["time"]["days"] == pytest.approx(1000 * told["stages"][0]["time"]["step_seconds"] / 86400)
 
 
 def test_a_recipe_names_the_stage_and_may_name_the_checkpoint(tmp_path: Path) -> None:

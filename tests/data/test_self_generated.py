@@ -32,7 +32,9 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def recipe_of(folder: Path, prompts: list[Any] = PROMPTS, type: str = "text", **settings: Any) -> MidtrainRecipe:
+def recipe_of(
+    folder: Path, prompts: list[Any] = PROMPTS, type: str = "text", field: str = "text", **settings: Any
+) -> MidtrainRecipe:
     folder.mkdir(exist_ok=True)
     rows = [{"text": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -42,7 +44,7 @@ def recipe_of(folder: Path, prompts: list[Any] = PROMPTS, type: str = "text", **
             "base_model": "x",
             "output_dir": str(folder / "run"),
             "max_steps": 1,
-            "datasets": [{"self_generated": generated, "type": type}],
+            "datasets": [{"self_generated": generated, "type": type, "field": field}],
         }
     )
 
@@ -104,6 +106,19 @@ def test_greedy_text_is_the_models_own_after_each_prompt_and_only_it_is_scored(
             expected.append(int(logits.argmax()))
         assert ids == expected
         assert scored == [False] * len(start) + [True] * (len(ids) - len(start))
+
+
+def test_prompts_are_read_as_generate_reads_them_unless_the_recipe_names_another_field(
+    loaded: tuple[Any, Any], tmp_path: Path
+) -> None:
+    rows = [{"prompt": "ten men", "text": "the tree", "question": "seven"}, {"prompt": None, "text": "the tree"}]
+
+    def starts(recipe: MidtrainRecipe) -> list[str]:
+        found = documents(recipe, loaded)
+        return [loaded[1].decode([i for i, scored in zip(*each, strict=True) if not scored][1:]) for each in found]
+
+    assert starts(recipe_of(tmp_path / "a", rows)) == ["ten men", "the tree"]
+    assert starts(recipe_of(tmp_path / "b", rows[:1], field="question")) == ["seven"]
 
 
 def test_samples_follow_the_models_distribution_untouched_by_its_generation_config(
@@ -185,5 +200,5 @@ def test_prompts_can_be_conversations_and_be_trained_on(loaded: tuple[Any, Any],
 def test_no_prompts_are_a_clear_error(loaded: tuple[Any, Any], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no prompts"):
         documents(recipe_of(tmp_path, []), loaded)
-    with pytest.raises(UserError, match=r"line 1 of .*prompts\.jsonl lacks 'text'"):
+    with pytest.raises(UserError, match=r"line 1 of .*prompts\.jsonl lacks 'prompt' and 'text'"):
         documents(recipe_of(tmp_path, [{"body": "x"}]), loaded)

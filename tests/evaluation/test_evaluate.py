@@ -20,6 +20,7 @@ from tests.checkpoint.tiny import make_checkpoint
 from tests.evaluation.rows import HUMANEVAL, write_rows
 from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.source import resolve
+from zconvert.cli.evaluate import show
 from zconvert.cli.main import app
 from zconvert.errors import UserError
 from zconvert.evaluation import sampling
@@ -313,11 +314,14 @@ def test_names_in_a_page_are_text_and_not_html(done: tuple[Path, dict[str, Any]]
     assert "<b>" not in page
 
 
-def test_one_k_and_one_column_are_drawn_too(folder: Path, tmp_path: Path) -> None:
+def test_one_k_and_one_column_are_drawn_too(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = evaluated(folder, tmp_path / "out", "--samplers", "lossless", "--limit", 1)
     assert document["reference"] is None
     assert document["tasks"]["words"]["columns"]["lossless"]["verdict"] is None
     assert (tmp_path / "out" / "trade.png").read_bytes().startswith(PNG)
+    show(document)
+    assert "words: 1 problem, 1 sample each" in capsys.readouterr().out
+    assert "1 sample a problem" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_the_table_fits_80_columns_and_says_what_was_found(folder: Path, done: tuple[Path, dict[str, Any]]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.checkpoint.test_parameters import tiny_model
 from tests.planning.models import DEEPSEEK_V3, QWEN3_30B, ZAYA_8B, facts
@@ -20,10 +22,13 @@ from zconvert.planning.calibrate import (
     fit,
     predicted_seconds,
     shallow_config,
+    training_efficiency,
 )
 from zconvert.planning.decoding import Calibration
 from zconvert.planning.machines import MACHINES
 from zconvert.planning.model import facts_from_config
+from zconvert.planning.workload import Workload
+from zconvert.tidar.model import LayoutModel
 
 CPU = MACHINES["cpu"].model_copy(update={"bandwidth_efficiency": 1.0, "matrix_efficiency": 1.0})
 TINY = Path("examples/tiny-zaya/checkpoint")
@@ -79,6 +84,30 @@ def test_a_family_is_measured_with_models_of_its_own(model_type: str) -> None:
     assert all(sample.seconds > 0 for sample in calibrated.samples)
     assert all(value >= 0 for value in vars(calibrated.calibration).values())
     assert predicted_seconds(facts_from_config(config, "whole"), calibrated, 16, 4) > 0
+
+
+def test_training_is_timed_by_whole_steps_that_leave_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LayoutModel(tiny_model("qwen3_moe", 4, "cpu").eval())
+    before = {name: value.clone() for name, value in model.model.state_dict().items()}
+    shape = facts_from_config(model.model.config.to_dict(), "tiny")
+    gradients: list[Any] = []
+
+    def one_second(step: Callable[[], None], *_: Any, **__: Any) -> float:
+        kept = [value.register_hook(gradients.append) for value in model.model.parameters()]
+        step()
+        for each in kept:
+            each.remove()
+        return 1.0
+
+    monkeypatch.setattr("zconvert.planning.calibrate._seconds", one_second)
+    work = Workload(sequence_len=16, micro_batch_size=3)
+    machine = CPU.model_copy(update={"fp32_tflops": 1e-3})
+    reached = training_efficiency(model, shape, work, machine)
+    assert reached == pytest.approx(6 * shape.active * 3 * 32 / 1e9, rel=0.5)
+    assert len(gradients) == len(list(model.model.parameters()))
+    assert all(value.grad is None for value in model.model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.model.state_dict().items())
+    assert training_efficiency(model, shape, work, CPU.model_copy(update={"fp32_tflops": 1e-9})) == 1.0
 
 
 def test_bench_is_laid_over_the_prediction() -> None:

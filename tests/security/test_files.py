@@ -206,6 +206,27 @@ def test_a_configuration_that_asks_for_what_is_not_in_the_folder_is_not_loaded(
     assert said in refused("generate", converted, "a")
 
 
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        # No weight has these sizes: only a forward tells.
+        ({"num_experts_per_tok": 10**9}, "cannot be run found: RuntimeError: selected index k out of range"),
+        ({"num_experts_per_tok": 10**30}, "cannot be run found: ValueError"),
+        ({"num_experts_per_tok": -1}, "cannot be run"),
+        ({"num_attention_heads": 3}, "cannot be loaded"),
+        ({"num_key_value_heads": 3}, "cannot be loaded"),
+        ({"hidden_size": -32}, "cannot be loaded"),
+        ({"intermediate_size": 31}, "cannot be loaded"),
+        ({"vocab_size": 65}, "cannot be loaded"),
+    ],
+)
+def test_sizes_that_contradict_each_other_are_a_users_error(
+    converted: Path, members: dict[str, Any], said: str
+) -> None:
+    edit_json(converted / "config.json", **members)
+    assert said in refused("generate", converted, "a")
+
+
 def test_an_adapter_does_not_lead_to_the_model_that_it_names(converted: Path, tmp_path: Path) -> None:
     edit_json(converted / "adapter_config.json", base_model_name_or_path=str(tmp_path))
     assert "adapter_config.json beside a model's weights" in refused("generate", converted, "a")

@@ -101,12 +101,13 @@ def test_texts_end_before_stop_strings(model: Model, tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{", "EOF"),
-        ("", "EOF"),
-        ("[]", "object"),
-        ('{"text": "a"}', "text: there is no such key"),
-        ("{}", 'either "prompt" or "messages"'),
-        ('{"prompt": "a", "messages": []}', 'either "prompt" or "messages"'),
-        ('{"prompt": 3}', "prompt: Input should be a valid string"),
+        ("[]", "a JSON list, no object"),
+        ('{"question": "a", "id": 1}', "no prompt, but 'question', 'id'"),
+        ('{"prompt": null}', "no prompt, but 'prompt'"),
+        ("{}", "no prompt, but nothing"),
+        ('{"prompt": "a", "messages": []}', "both a prompt and messages"),
+        ('{"prompt": 3, "text": "a"}', "prompt: Input should be a valid string"),
+        ('{"prompt": "\\ud800"}', "unexpected end of hex escape"),
         ('{"prompt": "a", "seed": -1}', "seed is below 0"),
         ('{"prompt": "a", "max_new_tokens": 0}', "max_new_tokens is below 1"),
         ('{"messages": []}', "at least one message"),
@@ -119,6 +120,22 @@ def test_a_bad_row_is_told_with_its_line(tmp_path: Path, line: str, message: str
     with pytest.raises(UserError, match="line 2 is no row of prompts") as caught:
         read_rows(path)
     assert message in str(caught.value)
+
+
+def test_a_prompt_is_under_prompt_else_under_text_and_what_else_a_row_has_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    rows: list[dict[str, Any]] = [
+        {"prompt": "ten", "text": "ten men", "answer": 4},
+        {"text": "seven", "max_tokens": 3, "line": "x"},
+        {"messages": [{"role": "user", "content": "sing"}], "text": ["sing"], "prompt": None},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)).replace("\n", "\n\n"))
+    read = read_rows(path)
+    assert [(row.line, row.prompt, row.messages) for row in read] == [
+        (1, "ten", None),
+        (3, "seven", None),
+        (5, None, [{"role": "user", "content": "sing"}]),
+    ]
 
 
 @pytest.mark.parametrize(

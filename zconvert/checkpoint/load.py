@@ -10,7 +10,7 @@ from zconvert.checkpoint.folder import companions
 from zconvert.checkpoint.headers import Headers
 from zconvert.checkpoint.mask_token import TOKENIZER_FILE, read_vocabulary
 from zconvert.checkpoint.quantisation import UNPACKED_AT_LOAD, quantisation
-from zconvert.checkpoint.source import Source, headers_of, read_config, tidar_settings
+from zconvert.checkpoint.source import CONFIG_FILE, Source, headers_of, read_config, tidar_settings
 from zconvert.errors import UserError, out_of_memory
 from zconvert.tidar.families import language_config
 from zconvert.tidar.settings import GATED_FILE
@@ -34,7 +34,7 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto", sha
         The `…ForCausalLM` and the tokenizer.
 
     Raises:
-        UserError: the checkpoint cannot be loaded, or a weight is missing.
+        UserError: the checkpoint cannot be loaded, a weight is missing, or the model does not run.
         MemoryError, RuntimeError: it does not fit, see `out_of_memory`.
     """
     if dtype not in DTYPES:
@@ -70,7 +70,29 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto", sha
             expected="every weight that the architecture has",
             fix="download or copy the checkpoint again",
         )
-    return (model if sharding is not None else model.to(place)).eval(), tokenizer
+    model.eval()
+    if sharding is None:
+        _check_runs(source, model.to(place), tokenizer)
+    return model, tokenizer
+
+
+def _check_runs(source: Source, model: Any, tokenizer: Any) -> None:
+    """Refuses a model that cannot compute a word: sizes that no weight has show where they are used, if at all."""
+    import torch
+
+    ids = tokenizer("a b", add_special_tokens=False).input_ids or [0]
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+    except Exception as error:
+        if out_of_memory(error) is not None:
+            raise
+        raise UserError(
+            f"the model of {source.name} cannot be run",
+            found=_line(error),
+            expected="a config.json whose sizes agree with each other, with the weights and with the tokenizer",
+            fix=f"compare {source.folder / CONFIG_FILE} with the original, or download the checkpoint again",
+        ) from error
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -233,10 +255,14 @@ def _quiet() -> Iterator[None]:
 
 
 def _unloadable(source: Source, part: str, error: Exception) -> UserError:
-    line = " ".join(str(error).split())
     return UserError(
         f"the {part} of {source.name} cannot be loaded",
-        found=f"{type(error).__name__}: {line[:300]}",
+        found=_line(error),
         expected="a checkpoint that this version of transformers can load",
         fix=f"look into {source.folder}; `zconvert inspect {source.argument}` tells what is there",
     )
+
+
+def _line(error: Exception) -> str:
+    """An error of a library in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -27,7 +27,7 @@ RUN_CHECKPOINT = "checkpoint"
 Accept = Callable[[dict[str, Any], Headers], None]
 """raises a `UserError` for a checkpoint that cannot be used"""
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CACHED = re.compile(r"models--(?P<org>.+?)--(?P<name>.+)")
 
 
@@ -105,7 +105,7 @@ def resolve(
                 fix="leave it out, or give the Hub id",
             )
         return _local(folder)
-    if _HUB_ID.fullmatch(text):
+    if HUB_ID.fullmatch(text):
         folder, commit = fetch(text, revision=revision, token=token)
         config = read_config(folder)
         files = hub_files(folder, text, commit, token)

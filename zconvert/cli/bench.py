@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +12,7 @@ from rich.text import Text
 
 from zconvert.checkpoint.source import Source, require_converted, resolve
 from zconvert.cli import options
-from zconvert.cli.ui import err, out, print_json, progress, show_table
+from zconvert.cli.ui import err, out, plural, print_json, progress, show_table
 from zconvert.errors import UserError
 from zconvert.tidar.settings import TidarSettings
 
@@ -40,7 +39,7 @@ def command(
     checkpoint: options.Checkpoint,
     prompts: Annotated[
         Path | None,
-        typer.Option(help='JSONL file, one {"prompt": …} (or {"text": …}) a line. Default: a few English sentences.'),
+        typer.Option(help="JSONL file of prompts, as of `generate --prompts`. Default: a few English sentences."),
     ] = None,
     num_prompts: Annotated[int | None, typer.Option(min=1, help="Take only the first N prompts.")] = None,
     batch_size: Annotated[
@@ -133,8 +132,13 @@ def command(
     """
     options.require_fixed(mode or [], compiled)
     sets = [options.accepted_counts(each, block_size) for each in dict.fromkeys(proposals or [])] or [None]
-    texts = list(BUILT_IN_PROMPTS) if prompts is None else read_prompts(prompts)
-    texts = texts[:num_prompts]
+    from zconvert.serving.batch import Row, read_rows, row_ids
+
+    if prompts is None:
+        rows = [Row(line=number, prompt=text) for number, text in enumerate(BUILT_IN_PROMPTS, 1)]
+    else:
+        rows = read_rows(prompts)
+    rows = rows[:num_prompts]
     if plot is not None and not plot.absolute().parent.is_dir():
         raise UserError(
             f"--plot {plot}: there is no such folder", found=plot.parent, fix="make it, or choose another one"
@@ -151,7 +155,7 @@ def command(
             None if name is None else _load(resolve(name, token=token), str(dtype), str(device), threads)[0]
             for name in (baseline, assistant)
         )
-    from zconvert.checkpoint.load import end_token_ids, prompt_ids
+    from zconvert.checkpoint.load import end_token_ids
     from zconvert.evaluation.bench import bench, points
     from zconvert.evaluation.bench_plot import draw
     from zconvert.serving.timing import known_of
@@ -170,11 +174,11 @@ def command(
                 source.folder,
                 on_progress=lambda done, total: bars.update(timing, completed=done, total=total),
             )
-        task = bars.add_task("Decoding", total=len(texts))
+        task = bars.add_task("Decoding", total=len(rows))
         rivals = {"stock": stock, "prompt_lookup": prompt_lookup, "assisted": assistant is not None}
         measured = bench(
             layout_model_of(model),
-            [prompt_ids(tokenizer, text) for text in texts],
+            [row_ids(row, tokenizer) for row in rows],
             settings,
             points(
                 batch_sizes=batches,
@@ -208,40 +212,13 @@ def command(
         draw(document, plot)
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a JSONL file.
-
-    Raises:
-        UserError: it cannot be read, a line is not what it should be, or there is none.
-    """
-    from zconvert.serving.batch import read_lines
-
-    texts = []
-    expected, fix = 'one JSON object a line, with a text under "prompt" or "text"', "correct the line"
-    for number, line in enumerate(read_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number} is not JSON", found=error, expected=expected, fix=fix) from error
-        text = row.get("prompt", row.get("text")) if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            raise UserError(f"{path}, line {number} has no prompt", found=line[:60], expected=expected, fix=fix)
-        texts.append(text)
-    if not texts:
-        fix = "give a file with some, or leave --prompts out"
-        raise UserError(f"{path} has no prompts", found="no lines", expected=expected, fix=fix)
-    return texts
-
-
 def show(document: dict[str, Any]) -> None:
     """Prints the document for people."""
     results = document["results"]
     out.print(Text(f"{document['checkpoint']}", style="bold"))
     out.print(
-        f"{_plural(document['prompts'], 'prompt')}; {document['dtype']} on {document['device']}, "
-        f"{_plural(document['threads'], 'thread')}; temperature {document['temperature']:g}; "
+        f"{plural(document['prompts'], 'prompt')}; {document['dtype']} on {document['device']}, "
+        f"{plural(document['threads'], 'thread')}; temperature {document['temperature']:g}; "
         f"blocks of {document['block_size']}{'' if document['compiled'] is None else '; decoder compiled'}"
     )
     if document["mode"] == "gated":
@@ -382,10 +359,6 @@ def _verdicts(results: list[dict[str, Any]]) -> Iterator[Text]:
 
 def _times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}×"
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _of(count: int | None, total: int) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 
 from rich.text import Text
 
-from zconvert.cli.streaming import Show, Tally, plural, write
-from zconvert.cli.ui import err, out, print_error
+from zconvert.cli.streaming import Show, Tally, write
+from zconvert.cli.ui import err, out, plural, print_error
 from zconvert.data.chat import asking_ids, template_of
 from zconvert.errors import UserError
 from zconvert.serving.text import GrowingText

@@ -17,8 +17,7 @@ from rich.text import Text
 from zconvert.checkpoint.folder import EVALUATION_FOLDER
 from zconvert.checkpoint.source import RUN_CHECKPOINT, Source, require_converted, resolve
 from zconvert.cli import options
-from zconvert.cli.streaming import plural
-from zconvert.cli.ui import err, out, print_json, show_table
+from zconvert.cli.ui import err, out, plural, print_json, show_table
 
 
 class Mode(StrEnum):
@@ -218,7 +217,8 @@ def show(results: Mapping[str, Any]) -> None:
 
     ks = [f"pass@{k}" for k in results["k"]]
     for task, told in results["tasks"].items():
-        out.print(Text(f"{task}: {told['problems']} problems, {plural(results['n'], 'sample')} each", style="bold"))
+        counts = f"{plural(told['problems'], 'problem')}, {plural(results['n'], 'sample')} each"
+        out.print(Text(f"{task}: {counts}", style="bold"))
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         table.add_column("", overflow="fold", max_width=24)
         for name in (*(f"{k}, %" for k in ks), "tokens per\nforward", "tokens/s", "tokens\neach"):

@@ -15,8 +15,8 @@ from zconvert.checkpoint.folder import own_file
 from zconvert.checkpoint.load import end_token_ids, load_model, load_tokenizer, prompt_ids
 from zconvert.checkpoint.source import read_config, require_converted, resolve
 from zconvert.cli import options
-from zconvert.cli.streaming import Tally, plural, show_blocks, show_nothing, show_plain, write
-from zconvert.cli.ui import err, out, print_json, progress
+from zconvert.cli.streaming import Tally, show_blocks, show_nothing, show_plain, write
+from zconvert.cli.ui import err, out, plural, print_json, progress
 from zconvert.tidar.families import language_config
 
 _FILES = "Many prompts"
@@ -32,7 +32,7 @@ def command(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help='JSONL file, a {"prompt": …} or {"messages": […]} a line, perhaps with "id" and "seed".',
+            help='JSONL file, with "prompt", else "text", or "messages" in each line, perhaps "id" and "seed".',
             rich_help_panel=_FILES,
         ),
     ] = None,

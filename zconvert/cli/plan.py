@@ -66,7 +66,9 @@ def command(
             autocompletion=lambda: list(GPUS),
         ),
     ] = "h100-80gb",
-    gpus: Annotated[int, typer.Option(min=1, help="How many of them train and decode.")] = 8,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="How many of them train and decode.", show_default="8; of cpu 1")
+    ] = None,
     tokens: Annotated[
         str | None,
         typer.Option(metavar="600B", help="Clean tokens to train on, in each stage.", rich_help_panel=_TRAINING),
@@ -155,7 +157,7 @@ def command(
         bool,
         typer.Option(
             "--calibrate",
-            help="Measure the device at hand with small models, and predict decoding on it.",
+            help="Measure the device at hand with small models and predict decoding on it; --gpu cpu: training too.",
             rich_help_panel=options.DECODING,
         ),
     ] = False,
@@ -188,20 +190,25 @@ def command(
         raise typer.BadParameter(f"{heatmap} does not end in .html", param_hint="--heatmap")
     if bench is not None and not calibrate:
         raise typer.BadParameter("it is compared with a measured device: add --calibrate", param_hint="--bench")
-    machine = with_changes(find_machine(gpu), price=price, efficiency=efficiency)
+    machine = find_machine(gpu)
+    on_cpu = machine.name == "cpu"
+    gpus = gpus or (1 if on_cpu else 8)
     with err.status(Text(f"Reading {targets[0]} …")):
         target, conversion, recipes = _read(targets, revision, token)
     diffusion = target.settings if conversion is None else conversion
     size = block_size or (DEFAULT_BLOCK_SIZE if diffusion is None else diffusion.block_size)
     parts = None if diffusion is None else diffusion.gated
-    works = _stages(parts, recipes, size, mode, sequence_len, source_bits, machine_is_cpu=machine.name == "cpu")
+    works = _stages(parts, recipes, size, mode, sequence_len, source_bits, machine_is_cpu=on_cpu)
     contexts = contexts or _contexts_of(target, recipes)
     curve = find_curve(accepted, size)
     facts = target.facts
+    measured = _measure(target, bench, works[-1] if on_cpu else None) if calibrate else None
+    if measured is not None and measured.device.machine.training_efficiency is not None:
+        machine = measured.device.machine
+    machine = with_changes(machine, price=price, efficiency=efficiency)
     stages = [plan_stage(facts, work, machine, gpus, budget) for work in works]
     gated = works[-1].gated
     masks_pass_experts = gated is None or gated.mlp != "replace" or not facts.experts
-    measured = _measure(target, bench) if calibrate else None
     if measured is None:
         device = device_for(facts, machine, gpus, masks_pass_experts=masks_pass_experts)
     else:
@@ -232,7 +239,8 @@ class _Measured:
     document: dict[str, Any]
 
 
-def _measure(target: Target, bench: Path | None) -> _Measured:
+def _measure(target: Target, bench: Path | None, trained: Workload | None) -> _Measured:
+    """Measures the device at hand; how fast it trains too, where that is the CPU that training is planned on."""
     import torch
 
     from zconvert.planning import calibrate as library
@@ -241,7 +249,9 @@ def _measure(target: Target, bench: Path | None) -> _Measured:
     name = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "bfloat16" if name == "cuda" else "float32"
     with err.status(Text("Measuring this device …")):
-        calibrated = library.calibrate(target.config, device=name, dtype=dtype, whole=_whole(target, name, dtype))
+        whole = _whole(target, name, dtype)
+        work = trained if name == "cpu" else None
+        calibrated = library.calibrate(target.config, device=name, dtype=dtype, whole=whole, work=work)
     size = 2 if dtype == "bfloat16" else 4
     told = {
         "machine": calibrated.machine.model_dump(mode="json"),
@@ -424,10 +434,11 @@ def _stage_table(stage: dict[str, Any]) -> Table:
     digits = 1 if total >= 1 else 3
     left = [(name.removesuffix("_gb").replace("_", " "), f"{memory[name]:.{digits}f}") for name in names]
     left.append(("total", f"{total:.{digits}f} of {memory['usable_gb_per_gpu']:.1f}"))
+    unknown = time["step_seconds"] is None
     right = [
-        ("step", f"{time['step_seconds']:.3g} s"),
+        ("step", "unknown" if unknown else f"{time['step_seconds']:.3g} s"),
         ("tokens a step", f"{time['tokens_per_step']:,}"),
-        ("tokens/s", f"{time['tokens_per_second']:,.0f}"),
+        ("tokens/s", "unknown" if unknown else f"{time['tokens_per_second']:,.0f}"),
     ]
     if "days" in time:
         right += [

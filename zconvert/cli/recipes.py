@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -67,6 +68,8 @@ def copy_recipes(
             text = path.read_text(encoding="utf-8")  # recipes name each other, and a chat template beside them
             (made / path.name).write_text(text.replace(f"recipes/{name}/", f"{output.as_posix()}/"), encoding="utf-8")
     ui.out.print(Text(str(output)), soft_wrap=True)
+    for line in _missing(output):
+        ui.err.print(Text(f"Not there yet: {line}"), soft_wrap=True)
     ui.err.print("Next: edit them, as their comments say; then (zconvert plan takes these, too)")
     for path in sorted(output.glob("pipeline*.yaml"), key=lambda path: path.stem):
         ui.err.print(Text(f"  zconvert run {shlex.quote(str(path))}"), soft_wrap=True)
@@ -75,6 +78,24 @@ def copy_recipes(
 def folders() -> list[Path]:
     """The folders of recipes, by name."""
     return sorted(path.parent for path in FOLDER.glob("*/pipeline.yaml"))
+
+
+def _missing(folder: Path) -> Iterator[str]:
+    """What the pipelines of a folder read that is neither here nor on the Hub, and which recipe says so."""
+    from zconvert.checkpoint.source import HUB_ID
+    from zconvert.recipe import load_pipeline
+
+    read = []
+    for pipeline in sorted(folder.glob("pipeline*.yaml"), key=lambda path: path.stem):
+        stages = load_pipeline(pipeline)
+        first, start = stages[0]  # the others start from what the one before writes
+        read.append((start.base_model, "base_model", first))
+        for path, recipe in stages:
+            datasets = getattr(recipe, "datasets", ())  # convert-init has none
+            read += [(dataset.path or dataset.prompts_path, "datasets", path) for dataset in datasets]
+    for name, key, path in read:
+        if not HUB_ID.fullmatch(name) and not Path(name).expanduser().exists():
+            yield f"{name} ({key} in {path.name})"
 
 
 def _about(folder: Path) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from zconvert.cli.ui import out, safe
+from zconvert.cli.ui import out, plural, safe
 
 if TYPE_CHECKING:
     from zconvert.serving.text import GrowingText
@@ -121,8 +121,3 @@ def show_blocks(piece: str, forward: int) -> None:
 
 def show_nothing(piece: str, forward: int) -> None:
     """It is told in another way."""
-
-
-def plural(count: int, noun: str) -> str:
-    """A count and what is counted."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

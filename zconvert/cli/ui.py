@@ -84,6 +84,15 @@ def size(count: int) -> str:
     return f"{count} bytes"
 
 
+def plural(count: int, noun: str) -> str:
+    """A count and what is counted.
+
+    >>> plural(1, "sample"), plural(2, "sample")
+    ('1 sample', '2 samples')
+    """
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def show_facts(rows: Iterable[tuple[str, str]], *, indent: int = 2, style: str = "") -> None:
     """Prints names and what there is to say of them, a line each; what is long is folded beside its name.
 

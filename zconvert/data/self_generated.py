@@ -76,7 +76,7 @@ def _prompt_ids(value: Any, rules: Rules) -> list[int]:
     dataset, tokenizer = rules.dataset, rules.tokenizer
     if dataset.type == "chat":
         return prompt(value, dataset, tokenizer, rules.chat_template)
-    ids = list(tokenizer([text_of(value, dataset)], add_special_tokens=False)["input_ids"][0])
+    ids = list(tokenizer([text_of(value, *dataset.prompt_fields)], add_special_tokens=False)["input_ids"][0])
     bos = tokenizer.bos_token_id if dataset.add_bos else None
     return [bos, *ids] if bos is not None and ids[:1] != [bos] else ids
 

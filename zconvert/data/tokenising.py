@@ -102,7 +102,7 @@ def tokenise(rules: Rules, rows: Sequence[RawRow]) -> list[Outcome]:
                     )
                 values.append([document])
             else:
-                values.append(text_of(value, rules.dataset))
+                values.append(text_of(value, rules.dataset.field))
         except Unending as error:  # and so it would be with the next million rows
             raise at_row(row, error) from None
         except UserError as error:
@@ -156,18 +156,23 @@ def parse(row: RawRow, dataset: DatasetRecipe) -> Any:
     return value
 
 
-def text_of(value: Any, dataset: DatasetRecipe) -> str:
-    """The text of a plain document.
+def text_of(value: Any, *fields: str) -> str:
+    """The text of a plain document or prompt.
+
+    Args:
+        value: a row, or the text of a whole file.
+        fields: keys of the text; the first one that the row has a value for counts.
 
     Raises:
         UserError: there is none.
     """
     if isinstance(value, dict):
-        field = dataset.field
-        fix = f"each row must have a text under {field!r} (datasets[].field in the recipe)"
-        if field not in value:
-            raise UserError(f"it lacks {field!r}", found="keys " + ", ".join(map(repr, value)), fix=fix)
-        value = value[field]
+        fix = f"each row must have a text under {' or '.join(map(repr, fields))} (datasets[].field in the recipe)"
+        there = sorted((field for field in fields if field in value), key=lambda field: value[field] is None)
+        if not there:
+            wanted = " and ".join(map(repr, fields))
+            raise UserError(f"it lacks {wanted}", found="keys " + ", ".join(map(repr, value)), fix=fix)
+        field, value = there[0], value[there[0]]
         if not isinstance(value, str):
             raise UserError(f"{field!r} is no text", found=type(value).__name__, fix=fix)
         if _SURROGATES.search(value):

@@ -153,8 +153,9 @@ def _intro(results: Mapping[str, Any]) -> str:
     if reference is not None:
         own = " and to the checkpoint's own AR" if reference == BASELINE else ""
         against = f"Differences are to {column_label(reference, results)}{own}, problem by problem."
+    samples = "1 sample" if results["n"] == 1 else f"{results['n']} samples"
     text = (
-        f"{results['n']} samples a problem at temperature {results['temperature']:g}. Intervals are 95 %, over "
+        f"{samples} a problem at temperature {results['temperature']:g}. Intervals are 95 %, over "
         f"problems. {against} Speed: {results['batch_size']} texts at a time, {results['dtype']} on "
         f"{results['device_name']}, CPU threads: {results['threads']}."
     )

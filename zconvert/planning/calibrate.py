@@ -18,13 +18,18 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zconvert.errors import UserError
 from zconvert.planning.decoding import Calibration, Device, forward
 from zconvert.planning.machines import Machine
 from zconvert.planning.model import ModelFacts, facts_from_config
+from zconvert.planning.step_time import row_flops
+from zconvert.planning.workload import Workload
 from zconvert.tidar.settings import TidarSettings
+
+if TYPE_CHECKING:
+    from zconvert.tidar.model import LayoutModel
 
 CONTEXT = 64
 """tokens of the prompt that calibration decodes after"""
@@ -36,6 +41,8 @@ SETS: tuple[tuple[int, tuple[int, ...]], ...] = (
 """(block size, proposals) of the steps that are timed, of 1, 4, 8, 16, 32, 64, 128, 192 and 272 tokens; block 1: AR"""
 DEPTHS = (1, 2)
 _STEPS = 6
+_MOST_TRAINED = 4096
+"""tokens of a forward whose training is timed"""
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,7 @@ def calibrate(
     dtype: str = "float32",
     rounds: int = 8,
     whole: Any = None,
+    work: Workload | None = None,
 ) -> Calibrated:
     """Measures this device with models of a family.
 
@@ -75,6 +83,7 @@ def calibrate(
         dtype: of the weights.
         rounds: how often each step is timed; the least tenth counts, as other work only ever adds.
         whole: the model itself, to be timed along and compared; None: not.
+        work: a stage of training, whose speed is measured as well; None: not, and it stays unknown.
 
     Raises:
         UserError: the family's shapes do not follow from its config, or its models cannot be made.
@@ -104,6 +113,9 @@ def calibrate(
         sample = Sample(facts, tokens, even, _typical(took))
         (samples if depth else checks).append(sample)
     machine = measure_machine(device, dtype, max(sample.facts.stored_bytes for sample in samples))
+    if work is not None:
+        reached = training_efficiency(*models[0 if whole is not None else DEPTHS[-1]], work, machine, device)
+        machine = machine.model_copy(update={"training_efficiency": reached})
     return Calibrated(machine, fit(samples, machine, 4 if dtype == "float32" else 2), tuple(samples), tuple(checks))
 
 
@@ -137,8 +149,39 @@ def measure_machine(device: str, dtype: str, weight_bytes: int) -> Machine:
         kernel_us=max(1e-3, kernel * 1e6),
         bandwidth_efficiency=1.0,
         matrix_efficiency=1.0,
+        training_efficiency=None,
         source="measured",
     )
+
+
+def training_efficiency(
+    model: LayoutModel, facts: ModelFacts, work: Workload, machine: Machine, device: str = "cpu"
+) -> float:
+    """Share of a machine's matrix products that training reaches, by plain causal steps on rows as long as packed ones.
+
+    A packed row takes about what a plain one of as many tokens does (docs/benchmarks.md).
+
+    Args:
+        model: to be timed; its weights stay.
+        facts: of it.
+        work: the stage; of more than 4,096 tokens a forward, as many are timed.
+        machine: whose products were measured.
+        device: torch's name of it.
+    """
+    import torch
+
+    length = min(round(work.tokens_per_row), _MOST_TRAINED)
+    rows = max(1, min(work.micro_batch_size, _MOST_TRAINED // length))
+    ids = (torch.arange(rows * length, device=device) % facts.vocabulary).view(rows, length)
+
+    def step() -> None:
+        model.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        model.model.zero_grad()
+
+    plain = Workload(sequence_len=length, diffusion_fraction=0.0, gradient_checkpointing=False)
+    number = next(model.model.parameters()).element_size()
+    reached = rows * row_flops(facts, plain) / _seconds(step, device, repeats=2) / machine.flops(number)
+    return min(1.0, reached)
 
 
 def fit(samples: Sequence[Sample], machine: Machine, weight_bytes: float) -> Calibration:
@@ -267,7 +310,7 @@ def _steps(model: Any, block_size: int, proposals: tuple[int, ...]) -> list[floa
     return took
 
 
-def _seconds(work: Callable[[], Any], device: str) -> float:
+def _seconds(work: Callable[[], Any], device: str, repeats: int = 7) -> float:
     """The least time of a piece of work, over some repeats."""
     import torch
 
@@ -277,7 +320,7 @@ def _seconds(work: Callable[[], Any], device: str) -> float:
 
     work()
     best = float("inf")
-    for _ in range(7):
+    for _ in range(repeats):
         wait()
         count, started = 0, time.perf_counter()
         while count < 3 or (time.perf_counter() - started < 0.01 and count < 2000):

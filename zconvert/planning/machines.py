@@ -38,7 +38,9 @@ class Machine(Section):
     matrix_efficiency: Fraction = Field(
         0.55, description="share of the FLOP/s that products of some hundred rows reach"
     )
-    training_efficiency: Fraction = Field(0.35, description="share of the FLOP/s that a whole training step reaches")
+    training_efficiency: Fraction | None = Field(
+        0.35, description="share of the FLOP/s that a whole training step reaches; null: unknown, so no time is told"
+    )
     usable_memory: Fraction = Field(0.92, description="share of the memory left by context, libraries, fragments")
     price_per_hour: Annotated[float, Field(ge=0, strict=False)] | None = Field(
         None, description="of one device, US dollars; null: no cost is told"
@@ -169,6 +171,7 @@ MACHINES: dict[str, Machine] = {
             network_gb_s=1,
             gpus_per_node=1,
             kernel_us=10,
+            training_efficiency=None,  # CPUs, their cores and what else they do differ too much for one number
             source="a desktop of 16 cores with two channels of DDR5, roughly: --calibrate measures yours",
         ),
     )

@@ -235,6 +235,19 @@ def document_of(
 
 def _stage_dict(model: ModelFacts, stage: StagePlan, machine: Machine) -> dict[str, Any]:
     time, work = stage.time, stage.work
+    seconds: dict[str, Any] = {
+        "step_seconds": time.total,
+        "tokens_per_second": time.tokens_per_second,
+        "parts_seconds": {
+            "compute": time.compute,
+            "sharding": time.sharding,
+            "context": time.context,
+            "experts": time.experts,
+            "optimizer": time.optimizer,
+        },
+    }
+    if machine.training_efficiency is None:
+        seconds = dict.fromkeys(seconds)
     return {
         "stage": work.stage,
         "mode": "full" if work.gated is None else "gated",
@@ -250,16 +263,8 @@ def _stage_dict(model: ModelFacts, stage: StagePlan, machine: Machine) -> dict[s
         "least_gpus": stage.least_gpus,
         "memory": _memory_dict(stage.memory, machine),
         "time": {
-            "step_seconds": time.total,
             "tokens_per_step": time.tokens,
-            "tokens_per_second": time.tokens_per_second,
-            "parts_seconds": {
-                "compute": time.compute,
-                "sharding": time.sharding,
-                "context": time.context,
-                "experts": time.experts,
-                "optimizer": time.optimizer,
-            },
+            **seconds,
             **(asdict(stage.cost) if stage.cost is not None else {}),
         },
         "disk_gb": {name: size / _GB for name, size in disk_bytes(model, work).items()},
@@ -294,6 +299,8 @@ def summary(stages: Sequence[StagePlan], machine: Machine, gpus: int, cells: Seq
                 f"{name}{count_of(cost.tokens)} tokens take about {duration_of(cost.days)} at "
                 f"{stage.time.tokens_per_second:,.0f} tokens/s{price}."
             )
+        elif machine.training_efficiency is None:
+            lines.append(f"{name}How long training takes is unknown: --calibrate measures it, on this machine.")
     lines.append(_where_it_pays(cells))
     return lines
 

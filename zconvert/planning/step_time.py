@@ -15,7 +15,8 @@ instead of 2 + 4.
     step           max(compute, FSDP) + CP + EP + optimizer: gathering layers overlaps with work, the others wait
 
 Within a node devices talk over its link, else over the network. `training_efficiency` 0.35 of the data sheet is what
-well-made training of mixtures of experts reaches; a stated assumption, not a measurement: --efficiency changes it.
+well-made training of mixtures of experts reaches; a stated assumption, not a measurement: --efficiency changes it. On
+a CPU it is unknown, until --calibrate measures it there.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def step_time(model: ModelFacts, work: Workload, layout: Layout, machine: Machin
         machine: one of the devices.
     """
     accumulation, number = work.gradient_accumulation_steps, work.compute_bytes
+    efficiency = machine.training_efficiency or 1.0  # where it is unknown, layouts are compared all the same
     rows = layout.rows * work.micro_batch_size * accumulation
     flops = rows * row_flops(model, work)
     trained = model.total if work.gated is None else model.gated_parameters(work.gated)
@@ -91,7 +93,7 @@ def step_time(model: ModelFacts, work: Workload, layout: Layout, machine: Machin
         passes = 4 + 2 * work.gradient_checkpointing  # there and back: forward, backward, run again
         experts = passes * packed * model.experts_per_token * model.hidden * number * model.moe_layers * away / inner
     return StepTime(
-        compute=flops / layout.gpus / (machine.flops(number) * machine.training_efficiency),
+        compute=flops / layout.gpus / (machine.flops(number) * efficiency),
         optimizer=_OPTIMIZER_BYTES * trained / layout.fsdp / (machine.bytes_per_second * machine.bandwidth_efficiency),
         sharding=accumulation * gathering + (accumulation if work.sync_every_forward else 1) * summing,
         context=accumulation * context,
@@ -157,10 +159,10 @@ def stage_cost(time: StepTime, work: Workload, machine: Machine, gpus: int, toke
         tokens: clean tokens to train on; None: as many as its `max_steps` take.
 
     Returns:
-        None where nothing says how long the stage is.
+        None where nothing says how long the stage is, or how fast the machine.
     """
     steps = work.max_steps if tokens is None else math.ceil(tokens / time.tokens)
-    if steps is None:
+    if steps is None or machine.training_efficiency is None:
         return None
     hours = steps * time.total / 3600
     price = machine.price_per_hour

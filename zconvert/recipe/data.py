@@ -8,11 +8,17 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from zconvert.recipe.sections import Count, CountOrZero, Section, Text
 
+PROMPT_FIELDS = ("prompt", "text")
+"""keys of a row of prompts: the first one that it has holds its prompt"""
+
 
 class SelfGeneratedRecipe(Section):
     """`self_generated:` of a dataset: the checkpoint that is trained, run causally, goes on from prompts."""
 
-    prompts: Text = Field(description="where the prompts are: as datasets[].path, read by the same type and fields")
+    prompts: Text = Field(
+        description="where the prompts are: as datasets[].path, read by the same type and fields; of type text, rows "
+        f"have them under {', else '.join(PROMPT_FIELDS)}, unless datasets[].field names another key"
+    )
     max_new_tokens: Count = Field(256, description="tokens of a continuation, at most; an EOS token ends it earlier")
     temperature: float = Field(1.0, ge=0, description="of sampling; 0: the likeliest token each time")
     top_p: float = Field(1.0, gt=0, le=1, description="share of the likeliest tokens that are sampled from")
@@ -91,6 +97,11 @@ class DatasetRecipe(Section):
     def label(self) -> str:
         """What to call it in messages."""
         return self.path if self.path is not None else f"text of its own after {self.prompts_path}"
+
+    @property
+    def prompt_fields(self) -> tuple[str, ...]:
+        """Keys of the text in a row of prompts, in the order in which they are looked for."""
+        return PROMPT_FIELDS if self.field == type(self).model_fields["field"].default else (self.field,)
 
     @property
     def prompts_path(self) -> str | None:

@@ -23,6 +23,7 @@ class Problem(NamedTuple):
 _FLOAT_TAG = "tag:yaml.org,2002:float"
 _NUMBER_TAGS = (_FLOAT_TAG, "tag:yaml.org,2002:int")
 _FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
+_HALF = re.compile("[\ud800-\udfff]")
 _MAX_DEPTH = 20
 _MAX_NUMBER = 100
 _STARTS = (
@@ -106,6 +107,7 @@ def _build(loader: _Loader, node: yaml.Node, path: KeyPath, lines: dict[KeyPath,
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise ValueError(f"line {key_node.start_mark.line + 1}: a key must be a plain name")
+            _refuse_half_characters(key_node)
             key = str(key_node.value)
             here, line = (*path, key), key_node.start_mark.line + 1
             if key in values:
@@ -121,12 +123,19 @@ def _build(loader: _Loader, node: yaml.Node, path: KeyPath, lines: dict[KeyPath,
             lines[(*path, number)] = item.start_mark.line + 1
             items.append(_build(loader, item, (*path, number), lines, problems))
         return items
+    _refuse_half_characters(node)
     if node.tag in _NUMBER_TAGS and len(node.value) > _MAX_NUMBER:  # some kinds take the square of their length
         raise ValueError(f"line {node.start_mark.line + 1}: a number of {len(node.value):,} characters")
     try:
         return loader.construct_object(node)
     except (ValueError, OverflowError) as error:  # such as the date 2024-13-45
         raise ValueError(f"line {node.start_mark.line + 1}: {error}") from None
+
+
+def _refuse_half_characters(node: yaml.Node) -> None:
+    """Such as "\\uD800" makes: no file, terminal or other library takes them."""
+    if _HALF.search(node.value):
+        raise ValueError(f"line {node.start_mark.line + 1}: half a character (a lone surrogate)")
 
 
 def dotted(path: KeyPath) -> str:

@@ -9,25 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import from_json
 
 from zconvert.checkpoint.folder import writing
 from zconvert.checkpoint.load import prompt_ids
 from zconvert.data.chat import asking_ids
 from zconvert.errors import UserError
+from zconvert.recipe.data import PROMPT_FIELDS
 from zconvert.serving.text import GrowingText
 from zconvert.tidar.decoding import Request
 from zconvert.tidar.engine import Engine, run
 
-_EXPECTED = 'one JSON object a line: {"prompt": …} or {"messages": […]}, with "id", "seed", "max_new_tokens" if wanted'
+_EXPECTED = 'one JSON object a line, with "prompt", else "text", or with "messages"; "id", "seed", "max_new_tokens" too'
 _BEGINNING = b'{"index": '
 """of every line that `write_texts` writes"""
 
 
 class Row(BaseModel):
-    """A line of the file of prompts."""
+    """A line of the file of prompts; what else it holds is passed over."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(strict=True, frozen=True)
 
+    line: int
+    """its number in the file, from 1"""
     id: int | str | None = None
     """is told along with the text"""
     prompt: str | None = None
@@ -37,8 +41,8 @@ class Row(BaseModel):
 
     @model_validator(mode="after")
     def _has_one_prompt(self) -> Row:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError('expected either "prompt" or "messages"')
+        if self.prompt is not None and self.messages is not None:
+            raise ValueError("it has both a prompt and messages")
         roles = [message.get("role") for message in self.messages or []]
         if self.prompt is None and not (roles and all(isinstance(role, str) for role in roles)):
             raise ValueError("expected at least one message, each with its role")
@@ -74,23 +78,41 @@ def read_rows(path: Path) -> list[Row]:
         UserError: it cannot be read, a line is not what it should be (with its number), or there is none.
     """
     rows = []
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in enumerate(_read_lines(path), 1):
+        if not line.strip():
+            continue
         try:
-            rows.append(Row.model_validate_json(line))
-        except ValidationError as error:
-            item = error.errors(include_url=False)[0]
-            name = ".".join(map(str, item["loc"]))
-            found = str(item["ctx"]["error"]) if item["type"] == "value_error" else item["msg"]
-            found = "there is no such key" if item["type"] == "extra_forbidden" else found
-            raise UserError(
-                f"{path}, line {number} is no row of prompts",
-                found=f"{name}: {found}" if name else found,
-                expected=_EXPECTED,
-                fix="correct the line",
-            ) from None
+            rows.append(_row(line, number))
+        except ValueError as error:
+            what, found = f"{path}, line {number} is no row of prompts", _said(error)
+            raise UserError(what, found=found, expected=_EXPECTED, fix="correct the line") from None
     if not rows:
         raise UserError(f"{path} has no prompts", found="no lines", expected=_EXPECTED, fix="give a file with some")
     return rows
+
+
+def _row(line: str, number: int) -> Row:
+    """A line as a row; a `ValueError` says why it is none."""
+    given = from_json(line)
+    if not isinstance(given, dict):
+        raise ValueError(f"a JSON {type(given).__name__}, no object")
+    texts = [given[name] for name in PROMPT_FIELDS if given.get(name) is not None]
+    in_words = given.get("messages") is not None
+    if not texts and not in_words:
+        raise ValueError(f"no prompt, but {', '.join(map(repr, given))[:200] or 'nothing'}")
+    # Beside messages a text is one more column of the data; a prompt beside them leaves open what is asked.
+    prompt = given.get("prompt") if in_words else texts[0]
+    return Row.model_validate({**given, "prompt": prompt, "line": number})
+
+
+def _said(error: ValueError) -> str:
+    """What is wrong with a line, its key before it."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    item = error.errors(include_url=False)[0]
+    name = ".".join(map(str, item["loc"]))
+    found = str(item["ctx"]["error"]) if item["type"] == "value_error" else item["msg"]
+    return f"{name}: {found}" if name else found
 
 
 def rows_done(out: Path, rows: Sequence[Row]) -> set[int]:
@@ -165,12 +187,8 @@ def write_texts(
     return tokens
 
 
-def read_lines(path: Path) -> list[str]:
-    """A text file's lines; blank ones at its end do not count.
-
-    Raises:
-        UserError: it cannot be read, or is not UTF-8.
-    """
+def _read_lines(path: Path) -> list[str]:
+    """A text file's lines."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -179,7 +197,7 @@ def read_lines(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         fix = "convert the file to UTF-8"
         raise UserError(f"{path} is not UTF-8 text", found=error, expected=_EXPECTED, fix=fix) from error
-    return text.rstrip().split("\n") if text.strip() else []
+    return text.split("\n")
 
 
 def _index_of(line: bytes, rows: Sequence[Row], where: str) -> int:
@@ -200,19 +218,27 @@ def _index_of(line: bytes, rows: Sequence[Row], where: str) -> int:
     return index
 
 
-def _request(index: int, row: Row, tokenizer: Any, settings: Settings) -> Request:
+def row_ids(row: Row, tokenizer: Any, *, add_bos: bool = True) -> list[int]:
+    """A row's prompt as tokens.
+
+    Raises:
+        UserError: it cannot be used; the line is told.
+    """
     try:
         if row.prompt is not None:
-            prompt = prompt_ids(tokenizer, row.prompt, add_bos=settings.add_bos)
-        else:
-            assert row.messages is not None
-            prompt = asking_ids(row.messages, tokenizer)
+            return prompt_ids(tokenizer, row.prompt, add_bos=add_bos)
+        assert row.messages is not None
+        return asking_ids(row.messages, tokenizer)
     except UserError as error:
-        raise UserError(f"line {index + 1} of the prompts: {error.what}", found=error.found, fix=error.fix) from None
+        raise UserError(f"line {row.line} of the prompts: {error.what}", found=error.found, fix=error.fix) from None
+
+
+def _request(index: int, row: Row, tokenizer: Any, settings: Settings) -> Request:
+    prompt = row_ids(row, tokenizer, add_bos=settings.add_bos)
     new_tokens = row.max_new_tokens or settings.max_new_tokens
     if settings.context is not None and len(prompt) + new_tokens > settings.context:
         raise UserError(
-            f"line {index + 1} of the prompts does not fit the checkpoint's context",
+            f"line {row.line} of the prompts does not fit the checkpoint's context",
             found=f"{len(prompt)} tokens, and {new_tokens} new ones",
             expected=f"at most {settings.context} together",
             fix="shorten it, or lower --max-new-tokens",

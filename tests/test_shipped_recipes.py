@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,15 @@ def test_copied_recipes_name_what_was_copied_along_with_them(tmp_path: Path) -> 
     assert recipe.chat_template == str(mine / "chat.jinja")
     assert (mine / "chat.jinja").read_bytes() == (RECIPES / "mixtral-8x7b" / "chat.jinja").read_bytes()
     assert not [path.name for path in mine.iterdir() if "recipes/" in path.read_text()]
+
+
+def test_what_is_said_to_be_next_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = CliRunner().invoke(app, ["recipes", "copy", "qwen3-30b-a3b", "my recipes"]).stderr
+    commands = [shlex.split(line) for line in said.splitlines() if line.startswith("  ")]
+    named = ["my recipes/pipeline.yaml", "my recipes/pipeline-gated.yaml"]
+    assert commands == [["zconvert", "run", name] for name in named]
+    assert all(load_pipeline(Path(name)) for name in named)
 
 
 def test_a_name_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,8 +177,13 @@ def test_a_converted_checkpoint_shows_its_settings_and_the_next_command(tiny_che
     document = described(patch(folder, tidar=settings))
     assert document["tidar"]["block_size"] == 4
     assert document["mask_token"] == {"id": 60, "text": "[M]", "source": "spare_row"}
-    assert document["next"].startswith("zconvert midtrain")
+    assert document["next"] == f"zconvert plan {folder}"
     assert described(patch(folder, tidar={**settings, "stages": ["midtrain"]}))["next"] == f"zconvert generate {folder}"
+
+
+def test_the_next_command_can_be_pasted_whatever_the_folders_name(tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = tiny_checkpoint("zaya").rename(tiny_checkpoint("zaya").parent / "my model")
+    assert shlex.split(described(folder)["next"])[2:] == [str(folder), "--out", "my model-tidar-init"]
 
 
 def test_a_damaged_checkpoint_is_one_error_not_a_description(tiny_checkpoint: Callable[..., Path]) -> None:

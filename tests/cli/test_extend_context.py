@@ -16,6 +16,7 @@ def test_losses_by_position_are_shown_before_and_after(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "trained before with 16 positions" in " ".join(result.output.split())
     assert "48 – 63" in result.output
+    assert "config.json changes: rope_parameters.hybrid.rope_theta 10000.0 → 63496." in result.output
     assert result.stdout.replace("\n", "").endswith("run/checkpoint")
 
 

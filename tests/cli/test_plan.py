@@ -24,7 +24,7 @@ from zconvert.cli import plan
 from zconvert.planning.from_config import shapes_from_config
 from zconvert.planning.heatmap import colour_of
 from zconvert.planning.machines import MACHINES
-from zconvert.planning.plan import count_of
+from zconvert.planning.plan import CONTEXTS, count_of
 from zconvert.tidar.settings import GatedParts
 
 ZAYA = {"model_type": "zaya", **ZAYA_8B}
@@ -99,7 +99,7 @@ def test_a_checkpoint_and_its_config_alone_tell_the_same(tmp_path: Path) -> None
 
 def config_alone(tmp_path: Path, config: dict[str, Any]) -> Path:
     folder = tmp_path / "alone"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -137,6 +137,42 @@ def test_a_recipe_names_the_stage_and_may_name_the_checkpoint(tmp_path: Path) ->
     full = document(recipe, "--mode", "full")
     assert (full["stages"][0]["mode"], full["stages"][0]["gated"]) == ("full", None)
     assert full["stages"][0]["trained_parameters"] == full["model"]["parameters"]
+
+
+def test_a_pipeline_is_planned_as_its_recipes_convert_and_train(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", "qwen3_moe")
+    gated = {"mode": "gated", "block_size": 8, "gated": {"rank": 4}}
+    init = {"base_model": str(source), "output_dir": str(tmp_path / "init"), "diffusion": gated}
+    (tmp_path / "convert-init.yaml").write_text(json.dumps(init))
+    (tmp_path / "midtrain.yaml").write_text(RECIPE.format(base=tmp_path / "init"))
+    names = {"convert-init": "convert-init.yaml", "midtrain": "midtrain.yaml"}
+    (tmp_path / "pipeline.yaml").write_text(json.dumps(names))
+    told = document(tmp_path / "pipeline.yaml", "--gpus", 1)
+    assert told == document(tmp_path / "convert-init.yaml", tmp_path / "midtrain.yaml", "--gpus", 1)
+    convert_init(resolve(source), tmp_path / "init", block_size=8, gated=GatedParts(rank=4))
+    made = document(tmp_path / "init", tmp_path / "midtrain.yaml", "--gpus", 1)
+    assert told["stages"] == made["stages"]
+    assert told["acceptance"] == made["acceptance"]
+
+
+def test_a_recipe_whose_base_is_not_made_yet_says_what_makes_it(tmp_path: Path) -> None:
+    (tmp_path / "midtrain.yaml").write_text(RECIPE.format(base=tmp_path / "init"))
+    said = " ".join(run(tmp_path / "midtrain.yaml").stderr.split())
+    assert f"base_model of the recipe: {tmp_path / 'init'}: no such folder" in said
+    assert "run the stage first that makes it" in said
+
+
+def test_the_map_ends_where_the_models_context_does(tmp_path: Path) -> None:
+    def contexts(positions: int, *options: object) -> set[int]:
+        told = document(
+            config_alone(tmp_path / str(positions), {**ZAYA, "max_position_embeddings": positions}), *options
+        )
+        return {cell["context"] for cell in told["speedup"]}
+
+    assert contexts(131_072) == set(CONTEXTS)
+    assert contexts(20_000) == {1024, 4096, 16_384}
+    assert contexts(512) == {512}
+    assert contexts(511, "--context", "4096") == {4096}
 
 
 def test_the_heat_map_is_one_html_file_that_needs_nothing_else(config: Path, tmp_path: Path) -> None:

@@ -24,6 +24,13 @@ def test_show_example_marks_what_is_scored_and_trains_nothing(tmp_path: Path) ->
     assert not Path(recipe.output_dir).exists()
 
 
+def test_show_example_says_why_there_is_none(tmp_path: Path) -> None:
+    (tmp_path / "sft.yaml").write_text(dump_recipe(make_sft(tmp_path, chat_template=None)))
+    result = run_command("sft", tmp_path / "sft.yaml", "--show-example")
+    assert result.exit_code == 1
+    assert "the tokenizer has no chat template" in " ".join(result.stderr.split())
+
+
 def test_show_example_is_coloured_in_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sft.yaml").write_text(dump_recipe(make_sft(tmp_path)))
     terminal = Console(file=io.StringIO(), force_terminal=True, color_system="standard", no_color=False)

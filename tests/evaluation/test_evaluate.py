@@ -230,6 +230,11 @@ def test_other_settings_in_the_same_folder_are_refused(
     assert said in " ".join(result.stderr.split())
 
 
+def test_another_baseline_is_refused_by_name(folder: Path, done: tuple[Path, dict[str, Any]]) -> None:
+    result = run(folder, done[0], "--k", "4")
+    assert (result.exit_code, "baseline was source and is null" in result.stderr) == (1, True)
+
+
 def test_a_checkpoint_that_was_trained_on_since_is_refused(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "init", tmp_path / "init")
     evaluated(folder, tmp_path / "out", "--limit", 1, checkpoint=str(tmp_path / "init"))
@@ -237,7 +242,7 @@ def test_a_checkpoint_that_was_trained_on_since_is_refused(folder: Path, tmp_pat
     evaluated(folder, tmp_path / "out", "--limit", 1, checkpoint=str(tmp_path / "init"))
     os.utime(tmp_path / "init" / "model.safetensors", (1, 1))
     result = run(folder, tmp_path / "out", "--limit", 1, checkpoint=str(tmp_path / "init"))
-    assert (result.exit_code, "checkpoint was" in result.stderr) == (1, True)
+    assert (result.exit_code, "checkpoint init has changed" in result.stderr) == (1, True)
 
 
 def test_rows_that_changed_under_samples_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -346,7 +351,7 @@ def test_results_go_where_export_looks_for_them(folder: Path, tmp_path: Path) ->
         (("--chat",), 1, "--no-chat asks it as plain text"),
         (("--max-new-tokens", "400"), 1, "does not fit the model"),
         (("--block-size", "8"), 1, "--block-size is larger than the checkpoint"),
-        (("--mode", "auto"), 2, "seeds repeat no text"),
+        (("--mode", "auto"), 2, "'auto' is not one of"),
         (("--tasks", "humaneval"), 1, "--allow-code-exec"),
         (("--tasks", "gsm9k"), 1, "did you mean gsm8k?"),
         (("--tasks", ","), 2, "at least one task"),

@@ -187,15 +187,15 @@ def contents(folder: Path, below: str = "") -> dict[str, str]:
 def digest(path: Path) -> str:
     """A hash; times in JSON do not count, nor what is drawn of them, nor the order of a header, which is by chance."""
     content = path.read_bytes()
-    if path.suffix == ".safetensors":
-        end = 8 + int.from_bytes(content[:8], "little")
-        # What SIGKILL leaves half-written in a hidden folder is hashed as it is: it equals nothing whole.
-        with contextlib.suppress(ValueError):
+    # What SIGKILL leaves half-written in a hidden folder is hashed as it is: it equals nothing whole.
+    with contextlib.suppress(ValueError):
+        if path.suffix == ".safetensors":
+            end = 8 + int.from_bytes(content[:8], "little")
             content = json.dumps(json.loads(content[8:end]), sort_keys=True).encode() + content[end:]
-    if path.name == "manifest.json":
-        content = str(sorted(json.loads(content))).encode()
-    if path.suffix in (".json", ".jsonl"):
-        content = TIMES.sub('"time"', content.decode()).encode()
+        if path.name == "manifest.json":
+            content = str(sorted(json.loads(content))).encode()
+        if path.suffix in (".json", ".jsonl"):
+            content = TIMES.sub('"time"', content.decode()).encode()
     if path.name in ("report.html", "speed.png") or (path.suffix == ".png" and path.parent.name == "told"):
         content = content[:4] + content[-8:]  # whole, whatever it shows
     return hashlib.sha256(content).hexdigest()

@@ -173,6 +173,13 @@ def test_where_decoding_pays_is_told_in_words(speedups: list[float], told: str) 
     assert told in summary([stage], H100, 8, cells)[-1]
 
 
+def test_the_best_of_the_map_is_the_best_that_fits() -> None:
+    cells = [cell(1, 1024, 2.0), replace(cell(64, 1024, 3.0), fits=False)]
+    stage = plan_stage(ZAYA, Workload(), H100, 8, None)
+    told = "Decoding pays at every batch and context of the map that fits (best 2.0× at batch 1 and 1,024 tokens)."
+    assert summary([stage], H100, 8, cells)[-1] == told
+
+
 def test_half_the_mask_slots_take_three_quarters_of_the_tokens() -> None:
     whole, half = (Workload(sequence_len=64, diffusion_fraction=each) for each in (1.0, 0.5))
     assert half.tokens_per_row / whole.tokens_per_row == 0.75

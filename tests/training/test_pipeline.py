@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,22 @@ def test_a_training_run_that_was_begun_goes_on(pipeline: Path) -> None:
     assert code == 0
     assert "continuing after step 2" in text
     assert checkpoint.exists()
+
+
+def test_a_source_that_is_not_there_is_told_with_the_stage_that_wants_it(pipeline: Path) -> None:
+    shutil.rmtree(pipeline.parent / "source")
+    code, text = run(pipeline)
+    assert code == 1
+    assert "base_model of the recipe of convert-init: " in text
+
+
+def test_what_comes_after_convert_init_is_the_recipe_beside_its_own(pipeline: Path) -> None:
+    convert, trained = pipeline.parent / "convert-init.yaml", pipeline.parent / "midtrain.yaml"
+    said = run_command("convert-init", convert, "--verify", "none").stdout
+    assert said.splitlines()[-1] == f"Next: zconvert midtrain {trained}"
+    done = run_command(*shlex.split(said.splitlines()[-1])[2:])
+    assert done.exit_code == 0, done.output
+    assert done.stderr.splitlines()[-1] == f"Next: zconvert bench {pipeline.parent / 'run'}"
 
 
 def test_a_stage_must_start_from_what_the_one_before_writes(pipeline: Path) -> None:

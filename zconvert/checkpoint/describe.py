@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from dataclasses import asdict
 from typing import Any
@@ -157,8 +158,9 @@ def _tokens(
 def _next(source: Source, settings: TidarSettings | None) -> str:
     if settings is None:
         pinned = f" --revision {source.revision}" if source.revision else ""
-        return f"zconvert convert-init {source.argument}{pinned} --out {source.name.split('/')[-1]}-tidar-init"
-    return f"zconvert generate {source.argument}" if settings.stages else "zconvert midtrain RECIPE.yaml"
+        made = shlex.quote(f"{source.name.split('/')[-1]}-tidar-init")
+        return f"zconvert convert-init {source.argument}{pinned} --out {made}"
+    return f"zconvert {'generate' if settings.stages else 'plan'} {source.argument}"
 
 
 def _experts(headers: Headers, config: dict[str, Any]) -> dict[str, int | None] | None:

@@ -6,7 +6,8 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,22 @@ class Source:
     def argument(self) -> str:
         """What to type to mean this checkpoint, quoted for a shell."""
         return shlex.quote(self.name if self.revision else str(self.folder))
+
+
+@contextmanager
+def naming_the_recipe(base: str, stage: str | None = None) -> Iterator[None]:
+    """Errors about a checkpoint say that a recipe names it.
+
+    Args:
+        base: its `base_model`.
+        stage: of the recipe, where there are several.
+    """
+    try:
+        yield
+    except UserError as error:
+        what = f"base_model of the recipe{f' of {stage}' if stage else ''}: {error.what}"
+        made = "" if _exists(Path(base).expanduser()) else "; or run the stage first that makes it"
+        raise UserError(what, found=error.found, expected=error.expected, fix=f"{error.fix}{made}") from error
 
 
 def resolve(

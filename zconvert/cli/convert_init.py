@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +15,7 @@ from rich.text import Text
 from zconvert.checkpoint.source import resolve
 from zconvert.cli import options
 from zconvert.cli.ui import err, out, print_json, show_facts, show_table, size
+from zconvert.errors import UserError
 from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, DEFAULT_MASK_INIT, MAX_BLOCK_SIZE, GatedParts
 
 if TYPE_CHECKING:
@@ -44,7 +47,7 @@ def command(
         ),
     ],
     output: Annotated[
-        Path | None, typer.Option("--out", help="Folder to write; must not exist. Required, but beside a recipe.")
+        Path | None, typer.Option("--out", help="Folder to write; must not exist. Needed, unless a recipe names it.")
     ] = None,
     block_size: Annotated[
         int, typer.Option(min=2, max=MAX_BLOCK_SIZE, help="Tokens of a diffusion block.")
@@ -88,11 +91,13 @@ def command(
     that do not change are linked, not copied.
     """
     counts = options.accepted_counts(proposals, block_size)
+    recipe_file: Path | None = None
     if checkpoint.endswith(_RECIPE_SUFFIXES):
         _refuse_options_beside_a_recipe(context)
         from zconvert.recipe import ConvertInitRecipe, load_recipe
 
-        recipe = load_recipe(Path(checkpoint), ConvertInitRecipe)
+        recipe_file = Path(checkpoint)
+        recipe = load_recipe(recipe_file, ConvertInitRecipe)
         checkpoint, revision, output = recipe.base_model, recipe.revision, Path(recipe.output_dir)
         choices = choices_of(recipe)
     else:
@@ -114,7 +119,7 @@ def command(
     if as_json:
         print_json({**report.to_dict(), "dry_run": False})
     else:
-        _show(report)
+        _show(report, recipe_file)
 
 
 def run_recipe(recipe: ConvertInitRecipe) -> None:
@@ -190,11 +195,27 @@ def _show_plan(plan: Plan) -> None:
     show_facts(_choices(plan))
 
 
-def _show(report: Report) -> None:
+def _show(report: Report, recipe_file: Path | None) -> None:
     plan = report.plan
     out.print(Text(f"Wrote {plan.out}"), soft_wrap=True)
     show_facts([*_choices(plan), ("written", _written(plan)), ("verified", "\n".join(_verified(report)))])
-    out.print(Text.assemble(("Next: ", "bold"), "zconvert midtrain RECIPE.yaml, with base_model: ", str(plan.out)))
+    trains = None if recipe_file is None else _midtrain_beside(recipe_file, plan.out)
+    if trains is None:
+        out.print(Text.assemble(("Next: ", "bold"), "zconvert recipes list"))
+        out.print(Text(f"  copy the nearest, and set base_model: {plan.out} in its midtrain recipe"), soft_wrap=True)
+    else:
+        out.print(Text.assemble(("Next: ", "bold"), f"zconvert midtrain {shlex.quote(str(trains))}"), soft_wrap=True)
+
+
+def _midtrain_beside(recipe_file: Path, made: Path) -> Path | None:
+    """The recipe in the same folder that trains what was made."""
+    from zconvert.recipe import MidtrainRecipe, load_recipe
+
+    for path in sorted(recipe_file.parent.glob("*.yaml")):
+        with suppress(UserError):
+            if Path(load_recipe(path, MidtrainRecipe).base_model).expanduser() == made:
+                return path
+    return None
 
 
 def _choices(plan: Plan) -> list[tuple[str, str]]:

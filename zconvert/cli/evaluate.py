@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,16 @@ from rich.text import Text
 from zconvert.checkpoint.folder import EVALUATION_FOLDER
 from zconvert.checkpoint.source import RUN_CHECKPOINT, Source, require_converted, resolve
 from zconvert.cli import options
+from zconvert.cli.streaming import plural
 from zconvert.cli.ui import err, out, print_json, show_table
+
+
+class Mode(StrEnum):
+    """Values of --mode; not auto, which may change plans on the way, so that no seed would repeat a text."""
+
+    SINGLE = "single"
+    TWO = "two"
+
 
 AllowCodeExec = Annotated[
     bool,
@@ -77,12 +87,7 @@ def command(
             rich_help_panel=options.SAMPLING,
         ),
     ] = None,
-    top_p: Annotated[
-        float,
-        typer.Option(
-            help="Sample among the likeliest tokens of this total probability.", rich_help_panel=options.SAMPLING
-        ),
-    ] = 1.0,
+    top_p: options.TopP = 1.0,
     limit: Annotated[int | None, typer.Option(min=1, help="Take only the first N problems of each task.")] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of an answer at most. Default: each task's.")
@@ -108,11 +113,11 @@ def command(
         bool, typer.Option("--no-score", help="Make the samples and stop; `zconvert score` goes on from there.")
     ] = False,
     mode: Annotated[
-        options.Mode,
+        Mode,
         typer.Option(
             help="single: forwards verify and draft at once; two: they take turns.", rich_help_panel=options.DECODING
         ),
-    ] = options.Mode.SINGLE,
+    ] = Mode.SINGLE,
     proposals: options.Proposals = None,
     block_size: options.BlockSize = None,
     dtype: options.DtypeOption = options.Dtype.AUTO,
@@ -129,8 +134,6 @@ def command(
     """
     counts = options.accepted_counts(proposals, block_size)
     ks = options.numbers(k, "--k")
-    if mode is options.Mode.AUTO:
-        raise typer.BadParameter("seeds repeat no text where plans change on the way", param_hint="--mode auto")
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise typer.BadParameter("name at least one task; see `zconvert tasks list`", param_hint="--tasks")
@@ -161,7 +164,7 @@ def command(
             margin=margin / 100,
             proposals=counts,
             block_size=block_size,
-            two_forwards=mode is options.Mode.TWO,
+            two_forwards=mode is Mode.TWO,
         )
         plan.decoding(settings)
         loaded = _load(checkpoint, revision, token, str(dtype), str(device), threads)
@@ -215,7 +218,7 @@ def show(results: Mapping[str, Any]) -> None:
 
     ks = [f"pass@{k}" for k in results["k"]]
     for task, told in results["tasks"].items():
-        out.print(Text(f"{task}: {told['problems']} problems, {results['n']} samples each", style="bold"))
+        out.print(Text(f"{task}: {told['problems']} problems, {plural(results['n'], 'sample')} each", style="bold"))
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         table.add_column("", overflow="fold", max_width=24)
         for name in (*(f"{k}, %" for k in ks), "tokens per\nforward", "tokens/s", "tokens\neach"):

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
 
 from zconvert.cli.launch import TorchrunOptions, launch, speaks
-from zconvert.cli.training import RecipeFile, run_shown
-from zconvert.cli.ui import err, out, show_table
+from zconvert.cli.training import RecipeFile, print_made, run_shown
+from zconvert.cli.ui import err, show_table
 
 
 def command(recipe: RecipeFile, torchrun: TorchrunOptions = None) -> None:
@@ -25,21 +24,22 @@ def command(recipe: RecipeFile, torchrun: TorchrunOptions = None) -> None:
     if torchrun:
         launch([settings.stage, str(recipe)], torchrun)
     folder = run_shown(settings)
-    if not speaks():
-        return
-    show_context(Path(settings.output_dir))
-    out.print(Text(str(folder)), soft_wrap=True)
+    if speaks():
+        show_context(Path(settings.output_dir))
+    print_made(settings, folder)
 
 
 def show_context(run_dir: Path) -> None:
     """Prints a run's losses by position on stderr."""
     from zconvert.training.context import CONTEXT_FILE
 
-    show_table(_table(json.loads((run_dir / CONTEXT_FILE).read_text())), err)
+    report = json.loads((run_dir / CONTEXT_FILE).read_text())
+    err.print(f"Loss by position, nats a token; trained before with {report['original_len']:,} positions")
+    show_table(_table(report), err)
 
 
 def _table(report: dict[str, Any]) -> Table:
-    table = Table(title=f"Loss by position, nats a token; trained before with {report['original_len']:,} positions")
+    table = Table()
     table.add_column("positions", justify="right", no_wrap=True)
     table.add_column("tokens", justify="right", no_wrap=True)
     for kind in ("AR", "diffusion"):

@@ -54,12 +54,7 @@ def command(
     top_k: Annotated[
         int, typer.Option(min=0, help="Sample among the N likeliest tokens; 0: all.", rich_help_panel=options.SAMPLING)
     ] = 0,
-    top_p: Annotated[
-        float,
-        typer.Option(
-            help="Sample among the likeliest tokens of this total probability.", rich_help_panel=options.SAMPLING
-        ),
-    ] = 1.0,
+    top_p: options.TopP = 1.0,
     min_p: Annotated[
         float,
         typer.Option(

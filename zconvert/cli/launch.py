@@ -23,7 +23,7 @@ TorchrunOptions = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="-- TORCHRUN_OPTIONS",
-        help="Starts several processes, as torchrun would: `-- --nproc_per_node=8`.",
+        help="Start several processes, by torchrun's options: --nproc_per_node=8, with -- before it.",
         show_default=False,
     ),
 ]

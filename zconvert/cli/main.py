@@ -73,7 +73,7 @@ _add(
     "plan",
     plan.command,
     "zconvert plan Qwen/Qwen3-30B-A3B --gpu h100-80gb --gpus 64 --tokens 600B",
-    "zconvert plan ./my-tidar-init midtrain.yaml --gpu my-machine.yaml",
+    "zconvert plan ./my-recipes/pipeline.yaml --gpu my-machine.yaml",
     "zconvert plan config.json --accepted ./my-run --explain batch=8,context=32768",
 )
 app.add_typer(
@@ -88,34 +88,34 @@ _add(
     convert_init.command,
     "zconvert convert-init ./my-checkpoint --out ./my-tidar-init",
     "zconvert convert-init Qwen/Qwen3-30B-A3B --out ./my-gated-init --mode gated",
-    "zconvert convert-init recipes/quickstart/convert-init.yaml",
+    "zconvert convert-init ./my-recipes/convert-init.yaml",
 )
 _add(
     _TRAIN,
     "midtrain",
     midtrain.command,
-    "zconvert midtrain recipes/quickstart/midtrain.yaml",
-    "zconvert midtrain recipes/quickstart/midtrain.yaml -- --nproc_per_node=8",
+    "zconvert midtrain ./my-recipes/midtrain.yaml",
+    "zconvert midtrain ./my-recipes/midtrain.yaml -- --nproc_per_node=8",
 )
 _add(
     _TRAIN,
     "extend-context",
     extend_context.command,
-    "zconvert extend-context recipes/quickstart/extend-context.yaml",
+    "zconvert extend-context ./my-recipes/extend-context.yaml",
 )
 _add(
     _TRAIN,
     "sft",
     sft.command,
-    "zconvert sft recipes/quickstart/sft.yaml --show-example",
-    "zconvert sft recipes/quickstart/sft.yaml",
+    "zconvert sft ./my-recipes/sft.yaml --show-example",
+    "zconvert sft ./my-recipes/sft.yaml",
 )
 _add(
     _TRAIN,
     "run",
     run.command,
-    "zconvert run recipes/quickstart/pipeline.yaml --dry-run",
-    "zconvert run recipes/quickstart/pipeline.yaml",
+    "zconvert run ./my-recipes/pipeline.yaml --dry-run",
+    "zconvert run ./my-recipes/pipeline.yaml",
 )
 _add(_TRAIN, "report", report.command, "zconvert report ./my-run", "zconvert report ./my-run --out ./page")
 _add(

@@ -121,6 +121,10 @@ CompileOption = Annotated[
         rich_help_panel=DECODING,
     ),
 ]
+TopP = Annotated[
+    float,
+    typer.Option(help="Sample among the likeliest tokens of this total probability.", rich_help_panel=SAMPLING),
+]
 DtypeOption = Annotated[
     Dtype, typer.Option(help="Type of the weights. auto: the checkpoint's own.", rich_help_panel=MACHINE)
 ]

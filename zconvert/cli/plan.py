@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
+from zconvert.checkpoint.anatomy import context_of
 from zconvert.checkpoint.folder import own_file, write_file
 from zconvert.checkpoint.json_patch import read_named_json
+from zconvert.checkpoint.source import naming_the_recipe
 from zconvert.cli import options
+from zconvert.cli.convert_init import choices_of
 from zconvert.cli.ui import err, out, print_json, show_table
 from zconvert.errors import UserError
 from zconvert.planning.acceptance import DEFAULT_CURVE, PUBLISHED, find_curve
@@ -31,7 +34,12 @@ from zconvert.planning.plan import (
 )
 from zconvert.planning.target import Target, find_target
 from zconvert.planning.workload import Workload, frozen_bits, workload_of
+from zconvert.tidar.families import language_config
 from zconvert.tidar.settings import DEFAULT_BLOCK_SIZE, MAX_BLOCK_SIZE, GatedParts
+
+if TYPE_CHECKING:
+    from zconvert.checkpoint.plan import Choices
+    from zconvert.recipe import TrainingRecipe
 
 GPUS = ("mi300x", "mi355x", "h100-80gb", "h200", "b200", "a100-80gb", "rtx4090", "rtx5090", "cpu")
 """keys of `MACHINES`, which help must not load: checking numbers takes a library that loads slowly"""
@@ -48,7 +56,7 @@ def command(
         list[str],
         typer.Argument(
             metavar="CHECKPOINT|RECIPE",
-            help="A checkpoint's folder, a Hub id or a config.json; then recipes of training stages, if there are any.",
+            help="A checkpoint's folder, a Hub id or a config.json, then recipes if there are any; or a pipeline.",
         ),
     ],
     gpu: Annotated[
@@ -111,7 +119,14 @@ def command(
             rich_help_panel=options.DECODING,
         ),
     ] = None,
-    proposals: options.Proposals = None,
+    proposals: Annotated[
+        str | None,
+        typer.Option(
+            metavar="1,3,5",
+            help="Accepted counts that get a block of drafts for the next forward. Default: the best for each cell.",
+            rich_help_panel=options.DECODING,
+        ),
+    ] = None,
     batch: Annotated[
         str | None,
         typer.Option(metavar="1,8,32", help="Batch sizes of the map of speeds.", rich_help_panel=options.DECODING),
@@ -119,7 +134,9 @@ def command(
     context: Annotated[
         str | None,
         typer.Option(
-            metavar="4096,32768", help="Lengths of context of the map, in tokens.", rich_help_panel=options.DECODING
+            metavar="4096,32768",
+            help="Lengths of context of the map, in tokens. Default: from 1024 on, as far as the model goes.",
+            rich_help_panel=options.DECODING,
         ),
     ] = None,
     why: Annotated[
@@ -162,7 +179,7 @@ def command(
 
     counts = options.accepted_counts(proposals, block_size)
     batches = BATCHES if batch is None else options.numbers(batch, "--batch")
-    contexts = CONTEXTS if context is None else options.numbers(context, "--context")
+    contexts = None if context is None else options.numbers(context, "--context")
     cell_wanted = None if why is None else _cell_of(why)
     budget = None if tokens is None else parse_count(tokens)
     if source_bits not in (None, 4, 8, 16, 32):
@@ -173,9 +190,12 @@ def command(
         raise typer.BadParameter("it is compared with a measured device: add --calibrate", param_hint="--bench")
     machine = with_changes(find_machine(gpu), price=price, efficiency=efficiency)
     with err.status(Text(f"Reading {targets[0]} …")):
-        target, recipes = _read(targets, revision, token)
-    size = block_size or (target.settings.block_size if target.settings else DEFAULT_BLOCK_SIZE)
-    works = _stages(target, recipes, size, mode, sequence_len, source_bits, machine_is_cpu=machine.name == "cpu")
+        target, conversion, recipes = _read(targets, revision, token)
+    diffusion = target.settings if conversion is None else conversion
+    size = block_size or (DEFAULT_BLOCK_SIZE if diffusion is None else diffusion.block_size)
+    parts = None if diffusion is None else diffusion.gated
+    works = _stages(parts, recipes, size, mode, sequence_len, source_bits, machine_is_cpu=machine.name == "cpu")
+    contexts = contexts or _contexts_of(target, recipes)
     curve = find_curve(accepted, size)
     facts = target.facts
     stages = [plan_stage(facts, work, machine, gpus, budget) for work in works]
@@ -261,10 +281,15 @@ def parse_count(text: str) -> float:
     return value
 
 
-def _read(targets: list[str], revision: str | None, token: str | None) -> tuple[Target, list[Any]]:
-    from zconvert.recipe import load_training_recipe
+def _read(
+    targets: list[str], revision: str | None, token: str | None
+) -> tuple[Target, Choices | None, list[TrainingRecipe]]:
+    """The checkpoint, how a recipe would convert it, and the recipes of the training stages."""
+    from zconvert.recipe import ConvertInitRecipe, TrainingRecipe, load_stages
 
-    recipes = [load_training_recipe(Path(text)) for text in targets if text.lower().endswith(_RECIPES)]
+    recipes = [each for text in targets if text.lower().endswith(_RECIPES) for each in load_stages(Path(text))]
+    conversions = [choices_of(each) for each in recipes if isinstance(each, ConvertInitRecipe)]
+    trainings = [each for each in recipes if isinstance(each, TrainingRecipe)]
     others = [text for text in targets if not text.lower().endswith(_RECIPES)]
     if len(others) > 1:
         raise UserError(
@@ -273,14 +298,29 @@ def _read(targets: list[str], revision: str | None, token: str | None) -> tuple[
             expected="a checkpoint, then recipes (*.yaml)",
             fix="plan one after another",
         )
-    if not others:
-        others, revision = [recipes[0].base_model], revision or recipes[0].revision
-    return find_target(others[0], revision=revision, token=token), recipes
+    if others:
+        target = find_target(others[0], revision=revision, token=token)
+    else:
+        first = recipes[0]
+        with naming_the_recipe(first.base_model):
+            target = find_target(first.base_model, revision=revision or first.revision, token=token)
+    return target, conversions[-1] if conversions else None, trainings
+
+
+def _contexts_of(target: Target, recipes: list[TrainingRecipe]) -> tuple[int, ...]:
+    """Lengths for the map: those that the model has positions for, also after the stages."""
+    from zconvert.recipe import ExtendContextRecipe
+
+    most = context_of(language_config(target.config))
+    if most is None:
+        return CONTEXTS
+    most = max([most, *(each.context.target_len for each in recipes if isinstance(each, ExtendContextRecipe))])
+    return tuple(length for length in CONTEXTS if length <= most) or (most,)
 
 
 def _stages(
-    target: Target,
-    recipes: list[Any],
+    parts: GatedParts | None,
+    recipes: list[TrainingRecipe],
     block_size: int,
     mode: options.Conversion | None,
     sequence_len: int | None,
@@ -288,7 +328,6 @@ def _stages(
     *,
     machine_is_cpu: bool,
 ) -> list[Workload]:
-    parts = target.settings.gated if target.settings is not None else None
     if mode is not None:
         parts = None if mode == options.Conversion.FULL else parts or GatedParts()
     if source_bits is not None and parts is None:

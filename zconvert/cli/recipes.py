@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,7 @@ def list_recipes() -> None:
     table.add_column("Name", no_wrap=True)
     table.add_column("What")
     for folder in folders():
-        files = ", ".join(path.stem for path in sorted(folder.glob("*.yaml")))
+        files = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
         table.add_row(Text(folder.name, style="bold"), Text(f"{_about(folder)}\n{files}"))
     ui.out.print(table)
 
@@ -66,7 +67,9 @@ def copy_recipes(
             text = path.read_text(encoding="utf-8")  # recipes name each other, and a chat template beside them
             (made / path.name).write_text(text.replace(f"recipes/{name}/", f"{output.as_posix()}/"), encoding="utf-8")
     ui.out.print(Text(str(output)), soft_wrap=True)
-    ui.err.print(Text(f"Next: edit them, then zconvert run {output / 'pipeline.yaml'}"), soft_wrap=True)
+    ui.err.print("Next: edit them, as their comments say (zconvert plan PIPELINE tells what it takes), then")
+    for path in sorted(output.glob("pipeline*.yaml"), key=lambda path: path.stem):
+        ui.err.print(Text(f"  zconvert run {shlex.quote(str(path))}"), soft_wrap=True)
 
 
 def folders() -> list[Path]:

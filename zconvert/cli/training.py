@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -33,9 +34,16 @@ RecipeFile = Annotated[
 
 def run(settings: TrainingRecipe) -> None:
     """Runs the stage of a recipe, and prints the new checkpoint's folder."""
-    folder = run_shown(settings)
+    print_made(settings, run_shown(settings))
+
+
+def print_made(settings: TrainingRecipe, checkpoint: Path) -> None:
+    """Prints where a stage left its checkpoint, and what to do with it."""
     if speaks():
-        out.print(Text(str(folder)), soft_wrap=True)
+        out.print(Text(str(checkpoint)), soft_wrap=True)
+        err.print(
+            Text.assemble(("Next: ", "bold"), f"zconvert bench {shlex.quote(settings.output_dir)}"), soft_wrap=True
+        )
 
 
 def run_shown(settings: TrainingRecipe) -> Path:
@@ -50,7 +58,7 @@ def run_shown(settings: TrainingRecipe) -> Path:
 
     # Into a file goes one line for each report instead of a display that redraws itself.
     console = err if speaks() else Console(quiet=True)
-    with Live(console=console, refresh_per_second=4, transient=not console.is_terminal) as live:
+    with Live(console=console, refresh_per_second=4, transient=True) as live:
 
         def show(progress: Progress) -> None:
             if progress.message is not None:
@@ -64,6 +72,7 @@ def run_shown(settings: TrainingRecipe) -> Path:
             done = max(1, metrics["step"] - first_step[0])
             left = (time.monotonic() - started) / done * (metrics["max_steps"] - metrics["step"])
             if live.console.is_terminal:
+                live.transient = False  # what was shown stays; an empty display would stay as an empty line
                 live.update(_view(newest, left))
             else:
                 live.console.print(_line(metrics, left), soft_wrap=True)

@@ -137,20 +137,23 @@ def first_example(recipe: TrainingRecipe, tokenizer: Any) -> tuple[str, list[tup
         The dataset that it comes from, and its text in stretches, each with whether it is scored.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none; where all rows are bad, what is wrong with the first one.
     """
     template = read_template(recipe)
     chats = [dataset for dataset in recipe.datasets if dataset.type == "chat" and dataset.path is not None]
-    for dataset in chats:
-        rules = Rules(dataset.model_copy(update={"on_bad_row": "skip"}), tokenizer, recipe.sequence_len, template)
-        document = next(_tokenised(rules, Workers([rules], 0), 0, None), None)
-        if document is not None:
-            runs = groupby(zip(document.ids, document.loss_mask, strict=True), key=lambda token: token[1])
-            return dataset.label, [(tokenizer.decode([i for i, _ in run]), scored) for scored, run in runs]
+    for on_bad_row in ("skip", "error"):
+        for dataset in chats:
+            rules = Rules(
+                dataset.model_copy(update={"on_bad_row": on_bad_row}), tokenizer, recipe.sequence_len, template
+            )
+            document = next(_tokenised(rules, Workers([rules], 0), 0, None), None)
+            if document is not None:
+                runs = groupby(zip(document.ids, document.loss_mask, strict=True), key=lambda token: token[1])
+                return dataset.label, [(tokenizer.decode([i for i, _ in run]), scored) for scored, run in runs]
     raise UserError(
         "there is no conversation to show",
         found=", ".join(dataset.label for dataset in chats) or "no dataset of type chat with a path",
-        fix="check datasets in the recipe; a bad row says what is wrong with it when the stage runs",
+        fix="check datasets in the recipe",
     )
 
 

@@ -142,8 +142,11 @@ def go_on_with(folder: Path, settings: dict[str, Any]) -> None:
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     for key in sorted(before.keys() | now.keys()):
-        if key not in FREE and before.get(key) != now.get(key):
-            yield f"{key} was {_short(before.get(key))} and is {_short(now.get(key))}"
+        was, is_now = before.get(key), now.get(key)
+        if key in FREE or was == is_now:
+            continue
+        told = f"{key} was {_short(was)} and is {_short(is_now)}"
+        yield told if _short(was) != _short(is_now) else f"{key} {_short(was)} has changed"
     for name in before["tasks"].keys() & now["tasks"].keys():
         was, is_now = before["tasks"][name]["asked"], now["tasks"][name]["asked"]
         if was != is_now:
@@ -152,5 +155,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, dict) and "name" in value:  # a checkpoint
+        return str(value["name"])
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "…"

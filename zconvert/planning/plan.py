@@ -309,7 +309,8 @@ def _where_it_pays(cells: Sequence[Cell]) -> str:
     if not wins:
         return f"Decoding would not pay anywhere ({where}): AR is faster."
     if wins == everywhere:
-        return f"Decoding pays at every batch and context of the map ({where})."
+        limit = " that fits" if len(fitting) < len(cells) else ""
+        return f"Decoding pays at every batch and context of the map{limit} ({where})."
     shortest, least = min(cell.context for cell in fitting), min(cell.batch_size for cell in fitting)
     batches = sorted({cell.batch_size for cell in fitting if cell.context == shortest})
     contexts = sorted({cell.context for cell in fitting if cell.batch_size == least})

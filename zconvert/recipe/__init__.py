@@ -13,7 +13,7 @@ from zconvert.recipe.loading import (
     dump_recipe,
     load_pipeline,
     load_recipe,
-    load_training_recipe,
+    load_stages,
 )
 from zconvert.recipe.parallel import ParallelRecipe
 from zconvert.recipe.pipeline import PipelineRecipe
@@ -37,5 +37,5 @@ __all__ = [
     "dump_recipe",
     "load_pipeline",
     "load_recipe",
-    "load_training_recipe",
+    "load_stages",
 ]

@@ -16,7 +16,7 @@ from zconvert.recipe.convert_init import ConvertInitRecipe
 from zconvert.recipe.extend_context import ExtendContextRecipe
 from zconvert.recipe.pipeline import PipelineRecipe
 from zconvert.recipe.sections import Recipe, RecipeFile, Section
-from zconvert.recipe.training import MidtrainRecipe, SftRecipe, TrainingRecipe
+from zconvert.recipe.training import MidtrainRecipe, SftRecipe
 from zconvert.recipe.yaml_text import KeyPath, Problem, dotted, read_yaml, write_yaml
 
 _MAX_RECIPE_BYTES = 100_000
@@ -70,20 +70,27 @@ def _is_valid(path: Path, model_class: type[RecipeFile]) -> bool:
     return True
 
 
-def load_training_recipe(path: Path) -> TrainingRecipe:
-    """Reads the recipe of any training stage: of the last kind that takes it as it is, as later ones ask for more.
+def load_stages(path: Path) -> list[Recipe]:
+    """Reads a recipe of any stage, or all recipes of a pipeline.
+
+    Returns:
+        the recipes in order; one of the last kind that takes the file as it is, as later ones ask for more.
 
     Raises:
         UserError: none does; the problems told are those with the kind that has fewest.
     """
-    kinds = [kind for kind in reversed(_RECIPES) if issubclass(kind, TrainingRecipe)]
     refusals = []
-    for kind in kinds:
+    for kind in reversed(_RECIPES):
         try:
-            return _load(path, kind)
+            return [_load(path, kind)]
         except UserError as error:
             refusals.append(error)
-    raise min(refusals, key=lambda error: (error.found or "").count("\n"))
+    try:
+        _load(path, PipelineRecipe)
+    except UserError as error:
+        refusals.append(error)
+        raise min(refusals, key=lambda error: (error.found or "").count("\n")) from None
+    return [recipe for _, recipe in load_pipeline(path)]
 
 
 def load_checked(path: Path, model_class: type[SectionT], *, kind: str, fix: str, stage: str | None = None) -> SectionT:

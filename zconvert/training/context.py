@@ -26,6 +26,7 @@ from zconvert.tidar.settings import TidarSettings
 from zconvert.training.evaluating import evaluating
 from zconvert.training.loss import cross_entropy_sum
 from zconvert.training.observers import is_main_process
+from zconvert.training.pipeline import flat
 
 CONTEXT_FILE = "context.json"
 """in a run's folder: losses by position, before and after"""
@@ -59,6 +60,13 @@ class ContextExtension:
         )
         self.original_len = original_length(config, self.change)
         self.changes = config_changes(config, self.change)
+        before = flat(config)
+        self.told = ", ".join(
+            f"{key} {before.get(key)} → {value}"
+            for key, value in flat(self.changes).items()
+            if before.get(key) != value
+        )
+        """what changes, in one line"""
 
     def make_source(self) -> None:
         """Makes the folder behind `source`; one process does."""

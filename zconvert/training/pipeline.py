@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import zconvert
 from zconvert.checkpoint.folder import EVALUATION_FOLDER, TUNING_FILE, own_file, write_file
-from zconvert.checkpoint.source import RUN_CHECKPOINT, resolve
+from zconvert.checkpoint.source import RUN_CHECKPOINT, naming_the_recipe, resolve
 from zconvert.errors import UserError
 from zconvert.recipe import Recipe
 
@@ -108,11 +108,13 @@ def run_pipeline(
 def inputs_of(stage: Stage) -> dict[str, Any]:
     """What a stage's output depends on, as JSON holds it: settings, base checkpoint, data."""
     data = {str(file): digest(file) for place in _data_of(stage.settings) for file in _files(place)}
+    with naming_the_recipe(stage.base, stage.name):
+        base = fingerprint(stage.base, stage.revision)
     return {
         "zconvert": zconvert.__version__,
         "stage": stage.name,
         "recipe": stage.settings,
-        "base_model": fingerprint(stage.base, stage.revision),
+        "base_model": base,
         "data": data,
     }
 
@@ -196,7 +198,7 @@ def _compare(stage: Stage, inputs: dict[str, Any], *, adopt: bool) -> None:
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     if before.get("base_model") != now["base_model"]:
         yield "the base checkpoint has changed"
-    old, new = _flat(before.get("recipe", {})), _flat(now["recipe"])
+    old, new = flat(before.get("recipe", {})), flat(now["recipe"])
     # A key that one of the two does not know is a default of another version.
     for key in sorted(old.keys() & new.keys()):
         if old[key] != new[key]:
@@ -206,8 +208,13 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
             yield f"{path} has changed"
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names.
+
+    >>> flat({"rope": {"theta": 10.0}, "seed": 0})
+    {'rope.theta': 10.0, 'seed': 0}
+    """
     found: dict[str, Any] = {}
     for key, value in settings.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -15,7 +14,14 @@ import torch
 
 from zconvert.checkpoint.folder import own_folder, write_file
 from zconvert.checkpoint.load import end_token_ids, load_model, load_tokenizer
-from zconvert.checkpoint.source import RUN_CHECKPOINT, Source, fingerprint, require_converted, resolve
+from zconvert.checkpoint.source import (
+    RUN_CHECKPOINT,
+    Source,
+    fingerprint,
+    naming_the_recipe,
+    require_converted,
+    resolve,
+)
 from zconvert.checkpoint.weights import pieces_on_disk, save_gated, save_trained
 from zconvert.data.documents import Documents
 from zconvert.data.loading import first_example, load_documents, load_stream, read_template
@@ -177,11 +183,8 @@ def example(recipe: TrainingRecipe) -> tuple[str, list[tuple[str, bool]]]:
 
 def _base_of(recipe: TrainingRecipe, *, weights: bool = True) -> Source:
     """The checkpoint that a recipe starts from."""
-    try:
+    with naming_the_recipe(recipe.base_model):
         return resolve(recipe.base_model, revision=recipe.revision, weights=weights)
-    except UserError as error:
-        what = f"base_model of the recipe: {error.what}"
-        raise UserError(what, found=error.found, expected=error.expected, fix=error.fix) from error
 
 
 def _load(
@@ -256,7 +259,7 @@ def _writer(source: Source, model: Any, tokenizer: Any, settings: TidarSettings)
 
 def _report_before(extension: ContextExtension, recipe: TrainingRecipe, parallel: Parallel, report: OnProgress) -> None:
     """Measures base_model as it is, with its old positions."""
-    report(Progress(message=f"config.json changes: {json.dumps(extension.changes)}"))
+    report(Progress(message=f"config.json changes: {extension.told or 'nothing'}"))
     model, tokenizer = parallel.load(extension.original)
     measured_on = ", ".join(dataset.label for dataset in recipe.evaluation.datasets or recipe.datasets)
     documents = _measured_documents(recipe, tokenizer)

@@ -134,7 +134,8 @@ class Sweep:
             problem("run again, it gives other files:", wrong)
             tally.bytes_lost += sum(self._size(name) for name in wrong)
         left = [path.name for path in self.work.rglob(".*")]
-        if isinstance(fault, signal.Signals):  # it may leave locks behind, which hold nothing
+        # Killed, or where nothing can be removed, it may leave locks behind, which hold nothing.
+        if isinstance(fault, signal.Signals) or fault == errno.EROFS:
             left = [name for name in left if not name.endswith(".lock")]
         if left:
             problem("hidden files are left:", left)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zconvert.checkpoint.folder import write_file, writing
+from zconvert.checkpoint.folder import add_line, write_file, writing
 from zconvert.training.objective import expected_accepted
 
 METRICS_FILE = "metrics.jsonl"
@@ -117,11 +117,5 @@ def metrics_file(run_dir: Path, step: int) -> Iterator[Callable[[dict[str, Any]]
         # Unbuffered: every row is there as soon as it is told of, and a full disk is noticed at its row.
         file = path.open("ab", buffering=0)
 
-    def add(row: dict[str, Any]) -> None:
-        rest = (json.dumps(row) + "\n").encode()
-        with writing(path):
-            while rest:  # the kernel may write a part of it, and say why only when asked for the rest
-                rest = rest[file.write(rest) :]
-
     with file:
-        yield add
+        yield lambda row: add_line(file, json.dumps(row))

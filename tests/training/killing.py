@@ -31,7 +31,7 @@ MOMENTS = ("start", "start", "save", "step")
 """by turns: before the first step is done, twice, so that a kill's remains are met by one who is killed; as soon as a
 save begins; somewhere between saves"""
 _PATIENCE = 240
-"""seconds until a trainer says where it is, and ends"""
+"""seconds without progress until a trainer says where it is, and ends"""
 
 
 def main(folder: Path, kills: int) -> None:
@@ -68,8 +68,9 @@ def _forked(settings: dict[str, Any]) -> int:
     if process == 0:
         code = 1
         try:
-            faulthandler.dump_traceback_later(_PATIENCE, exit=True)
-            stages.train(MidtrainRecipe(**settings), lambda _progress: None)
+            wait = lambda _progress: faulthandler.dump_traceback_later(_PATIENCE, exit=True)  # noqa: E731
+            wait(None)
+            stages.train(MidtrainRecipe(**settings), wait)
             code = 0
         except BaseException:
             traceback.print_exc()

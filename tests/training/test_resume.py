@@ -79,6 +79,7 @@ def test_a_run_killed_and_started_again_equals_the_uninterrupted_one(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a minute where nothing else runs
 def test_a_run_killed_twenty_times_at_its_start_in_steps_and_in_saves_equals_the_uninterrupted_one(
     tmp_path: Path,
 ) -> None:

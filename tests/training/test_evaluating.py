@@ -16,6 +16,7 @@ from zconvert.checkpoint.source import require_converted, resolve
 from zconvert.data.documents import Document, Documents
 from zconvert.data.loading import load_documents
 from zconvert.data.packing import PackedRows
+from zconvert.errors import UserError
 from zconvert.evaluation.bench import bench, entry_of, points
 from zconvert.recipe import MidtrainRecipe
 from zconvert.tidar.model import LayoutModel
@@ -51,6 +52,15 @@ def with_evaluation(folder: Path, model_type: str = "zaya", **changes: Any) -> d
 
 def train(settings: dict[str, Any], say: Callable[[str | None], None] = lambda _: None) -> Path:
     return stages.train(MidtrainRecipe(**settings), lambda progress: say(progress.message))
+
+
+def test_held_out_data_that_are_missing_are_told_before_anything_is_read(tmp_path: Path) -> None:
+    missing = {"datasets": [{"path": str(tmp_path / "nowhere.jsonl")}], "steps": 2}
+    recipe = MidtrainRecipe.model_validate(make_run(tmp_path, evaluation=missing))
+    said: list[object] = []
+    with pytest.raises(UserError, match="nowhere.jsonl"):
+        stages.train(recipe, said.append)
+    assert said == []
 
 
 def test_bad_rows_of_held_out_data_that_are_left_out_are_told_of(tmp_path: Path) -> None:

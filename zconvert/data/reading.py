@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -94,10 +94,9 @@ def open_dataset(dataset: DatasetRecipe, path: str | None = None) -> Reader:
     """
     name = path if path is not None else dataset.path
     assert name is not None, "the recipe's checks let no entry without a path pass"
-    local = Path(name).expanduser()
-    if not local.exists() and _HUB_ID.fullmatch(name) and local.suffix not in SUFFIXES:
+    if _may_be_on_hub(name):
         return _hub_reader(dataset, name)
-    files = _files(local)
+    files = _files(Path(name).expanduser())
     limit = dataset.max_row_bytes
     kinds: dict[str, Callable[[Path], _Part]] = {
         ".jsonl": lambda path: lambda start: _lines(path, limit, start),
@@ -107,6 +106,24 @@ def open_dataset(dataset: DatasetRecipe, path: str | None = None) -> Reader:
     identity = [[file.name, file.stat().st_size] for file in files]
     version = [[str(file.resolve()), file.stat().st_mtime_ns] for file in files]
     return Reader([kinds[file.suffix](file) for file in files], identity, version)
+
+
+def require_datasets(datasets: Iterable[DatasetRecipe]) -> None:
+    """Refuses data of this machine that are not there or cannot be read; the Hub is not asked.
+
+    Raises:
+        UserError: some are not.
+    """
+    for dataset in datasets:
+        name = dataset.path or dataset.prompts_path
+        assert name is not None, "the recipe's checks let no entry without a path pass"
+        if not _may_be_on_hub(name):
+            _files(Path(name).expanduser())
+
+
+def _may_be_on_hub(name: str) -> bool:
+    local = Path(name).expanduser()
+    return not local.exists() and _HUB_ID.fullmatch(name) is not None and local.suffix not in SUFFIXES
 
 
 def _files(path: Path) -> list[Path]:

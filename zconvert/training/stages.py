@@ -26,6 +26,7 @@ from zconvert.checkpoint.weights import pieces_on_disk, save_gated, save_trained
 from zconvert.data.documents import Documents
 from zconvert.data.loading import first_example, load_documents, load_stream, read_template
 from zconvert.data.packing import PackedRows
+from zconvert.data.reading import require_datasets
 from zconvert.data.self_generated import Writer
 from zconvert.data.streams import DocumentStream
 from zconvert.errors import UserError
@@ -82,6 +83,7 @@ def _train(
     run_dir = Path(recipe.output_dir)
     final = run_dir / RUN_CHECKPOINT
     trackers = Trackers(recipe)
+    require_datasets([*recipe.datasets, *recipe.evaluation.datasets])  # before hours of what comes ahead of some
     source = _base_of(recipe)
     settings = require_converted(source)
     _check_parallel(recipe, settings, parallel)

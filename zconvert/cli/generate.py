@@ -75,7 +75,11 @@ def command(
     dtype: options.DtypeOption = options.Dtype.AUTO,
     device: options.DeviceOption = options.Device.AUTO,
     blocks: Annotated[
-        bool, typer.Option("--show-blocks", help="Colour the text by the forwards that it came from, or by brackets.")
+        bool,
+        typer.Option(
+            "--show-blocks",
+            help="Colour the text by the forwards that it came from; in a terminal without colours, brackets.",
+        ),
     ] = False,
     add_bos: Annotated[
         bool, typer.Option("--add-bos/--no-add-bos", help="Start with the BOS token, where there is one.")

@@ -58,7 +58,7 @@ def test_held_out_data_that_are_missing_are_told_before_anything_is_read(tmp_pat
     missing = {"datasets": [{"path": str(tmp_path / "nowhere.jsonl")}], "steps": 2}
     recipe = MidtrainRecipe.model_validate(make_run(tmp_path, evaluation=missing))
     said: list[object] = []
-    with pytest.raises(UserError, match="nowhere.jsonl"):
+    with pytest.raises(UserError, match="nowhere"):
         stages.train(recipe, said.append)
     assert said == []
 

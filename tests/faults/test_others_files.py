@@ -21,7 +21,7 @@ from zconvert.training.parallel import Parallel
 from zconvert.training.pipeline import fingerprint
 from zconvert.training.state import load_latest, save_state, states_in
 
-ROWS = [Row(prompt="the cat"), Row(prompt="sat on")]
+ROWS = [Row(line=1, prompt="the cat"), Row(line=2, prompt="sat on")]
 TEXT = json.dumps({"index": 0, "prompt": "the cat", "text": " sat"}).encode() + b"\n"
 NEXT = json.dumps({"index": 1, "prompt": "sat on", "text": " it"}).encode()
 

@@ -158,5 +158,8 @@ def test_the_example_is_the_first_good_conversation_with_its_scored_stretches(tm
     assert [text.strip() for text, scored in stretches if scored] == ["tall trees<eos>"]
     assert "".join(text for text, _ in stretches).startswith("user<bos> ten<eos>")
     path.write_text("{broken\n")
+    with pytest.raises(UserError, match="is not JSON"):
+        stages.example(recipe)
+    path.write_text("")
     with pytest.raises(UserError, match="no conversation to show"):
         stages.example(recipe)

@@ -81,9 +81,9 @@ class TidarCache(Cache):
 
     def _write(self, place: tuple[int, str], states: Tensor) -> Tensor:
         """Puts (R, …, N, width) states behind the open rows' borders; returns (R, …, longest + N, width), a view."""
-        if self.fixed is not None and self._places is not None:
+        if self.fixed is not None:
             rows = self._slots[place][self._first : self._end]
-            rows.movedim(-2, 1)[self._places] = states.movedim(-2, 1)
+            rows.movedim(-2, 1)[self._scratch(states.shape[-2], states.device)] = states.movedim(-2, 1)
             return rows[..., : self.fixed, :]
         lengths, count = self.lengths, states.shape[-2]
         end = max(lengths) + count

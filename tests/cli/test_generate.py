@@ -54,6 +54,11 @@ def test_greedy_text_is_that_of_transformers_and_nothing_else_is_on_stdout(check
         assert "tokens/s" in result.stderr
 
 
+def test_an_untrained_checkpoint_says_so_unless_it_is_not_to_draft(checkpoint: Path) -> None:
+    assert "Not trained yet" in run(checkpoint, PROMPT, "--max-new-tokens", 2).stderr
+    assert "Not trained yet" not in run(checkpoint, PROMPT, "--max-new-tokens", 2, "--sampler", "ar").stderr
+
+
 def test_json_is_one_document_with_text_and_tally(checkpoint: Path) -> None:
     told = document(checkpoint, PROMPT, "--sampler", "ar")
     assert (told["prompt"], told["sampler"], told["tokens"]) == (PROMPT, "ar", told["forwards"])

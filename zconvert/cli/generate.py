@@ -134,6 +134,7 @@ def command(
         if compiled is not None:
             status.update("Compiling the decoder …")
         engine = options.engine_maker(layout_model, plan, mode, compiled, settings, source.folder, at_once)()
+    options.warn_untrained(settings, sampler)
     stops, context = stop or [], context_of(language_config(read_config(source.folder)))
 
     show = show_nothing if as_json else show_blocks if blocks else show_plain

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from zconvert.cli.ui import err
 from zconvert.errors import UserError
 from zconvert.tidar.settings import TidarSettings, check_proposals
 
@@ -289,6 +290,13 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
     if found[0] < 1:
         raise typer.BadParameter(f"{text!r} is no list of whole numbers from 1, such as 1,4,16", param_hint=option)
     return found
+
+
+def warn_untrained(settings: TidarSettings, sampler: Sampler) -> None:
+    """Says on stderr that drafts of a checkpoint that no stage has trained are worth nothing."""
+    if not settings.stages and sampler is not Sampler.AR:
+        said = "Not trained yet: its drafts are chance, which costs time. Next: zconvert midtrain; or --sampler ar."
+        err.print(said, style="yellow", soft_wrap=True)
 
 
 def require_fixed(modes: Iterable[Mode], compiled: Compile | None) -> None:

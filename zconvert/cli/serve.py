@@ -101,9 +101,12 @@ def command(
         worker = Worker(make)
         limits = Limits(places=batch_size + max_queue, timeout=timeout, grace=grace)
         url = f"http://{f'[{host}]' if ':' in host else host}:{address.getsockname()[1]}/v1"
-        server = Server(
-            Service(served, worker, limits, api_key), grace, on_ready=lambda: _announce(served.name, url, guarded)
-        )
+
+        def ready() -> None:
+            _announce(served.name, url, guarded)
+            options.warn_untrained(settings, sampler)
+
+        server = Server(Service(served, worker, limits, api_key), grace, on_ready=ready)
         status.stop()
         server.run(sockets=[address])
 

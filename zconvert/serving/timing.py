@@ -30,7 +30,7 @@ from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.settings import TidarSettings
 
 CONTEXT = 256  # tokens in the cache of the forwards that are timed
-_REPEATS = 5
+_REPEATS = 5  # rounds; the least time counts, as other work only ever adds
 _KEPT = 16  # scored texts
 
 OnProgress = Callable[[int, int], None]
@@ -57,7 +57,6 @@ def measure(
     settings: TidarSettings,
     max_batch: int,
     *,
-    repeats: int = _REPEATS,
     on_progress: OnProgress | None = None,
 ) -> Times:
     """Times forwards of 1 to `max_batch` rows and 1 to B + B² tokens, all in turn, so that noise hits all alike.
@@ -66,7 +65,6 @@ def measure(
         model: of the checkpoint.
         settings: its settings.
         max_batch: most rows; powers of two up to it are timed.
-        repeats: rounds; the least time counts, as other work only ever adds.
         on_progress: told after each round.
     """
     size = settings.block_size
@@ -74,7 +72,7 @@ def measure(
     shapes = [(1, 0), (size, 0), (1, 1), *[(size, count) for count in _counts(size)]]
     batches = [rows for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256) if rows < max_batch] + [max_batch]
     best: dict[int, dict[int, float]] = {rows: {} for rows in batches}
-    for done in range(repeats + 1):
+    for done in range(_REPEATS + 1):
         for rows in batches:
             cache = TidarCache(rows)
             _forward(model, settings, cache, (CONTEXT, 0))
@@ -87,7 +85,7 @@ def measure(
                     took, tokens = time.perf_counter() - started, causal + size * blocks
                     best[rows][tokens] = min(took, best[rows].get(tokens, took))
         if on_progress is not None:
-            on_progress(done + 1, repeats + 1)
+            on_progress(done + 1, _REPEATS + 1)
     return Times(machine_of(model), best)
 
 

@@ -20,6 +20,7 @@ from zconvert.tidar.decoding import DecodePlan
 from zconvert.tidar.engine import Engine
 from zconvert.tidar.settings import TidarSettings
 
+_ASSUMED = 0.7  # the rate of slots that nothing is known of
 _TRUST = 24  # drafts of a slot that what is assumed of it weighs as much as
 _FADE = 0.95  # what counts keep of their weight at each look
 _EVERY = 12  # forwards between two looks at the counts
@@ -36,15 +37,12 @@ _ENOUGH = 4  # scored texts to begin with
 _SCORED = 128  # tokens of a text, from its end, that are scored
 
 
-def slot_rates(
-    verified: Mapping[tuple[int, int, int], float], block_size: int, assumed: float = 0.7
-) -> tuple[float, ...]:
+def slot_rates(verified: Mapping[tuple[int, int, int], float], block_size: int) -> tuple[float, ...]:
     """How often the draft of each slot is right where those before it were; slot 0 is the anchor.
 
     Args:
         verified: how often drafts went how, see `Counters`.
         block_size: B.
-        assumed: the rate of slots that nothing is known of.
 
     >>> [round(rate, 3) for rate in slot_rates({(1, 2, 2): 100_000}, 3)]
     [1.0, 1.0, 0.0]
@@ -57,7 +55,7 @@ def slot_rates(
             right[slot] += count if place < accepted - 1 else 0
     rates = [1.0]
     for slot in range(1, block_size):
-        before = assumed if slot == 1 else rates[-1]  # what is seldom reached is as good as the slot before it
+        before = _ASSUMED if slot == 1 else rates[-1]  # what is seldom reached is as good as the slot before it
         rates.append((right[slot] + _TRUST * before) / (tried[slot] + _TRUST))
     return tuple(rates)
 

@@ -174,10 +174,10 @@ class Shard:
         """(R, T) -> (R, clean): the values of this process's clean tokens."""
         return values.gather(1, self.columns[:, : self.num_clean])
 
-    def of_slots(self, values: Tensor, *, filler: int = 0) -> Tensor:
+    def of_slots(self, values: Tensor) -> Tensor:
         """(R, M) -> (R, slots): the values of this process's mask slots."""
         columns = self.columns[:, self.num_clean :] - self.length
-        return values.gather(1, columns).masked_fill(~self.is_real[:, self.num_clean :], filler)
+        return values.gather(1, columns).masked_fill(~self.is_real[:, self.num_clean :], 0)
 
     def before_slots(self, states: Tensor) -> Tensor:
         """What the clean tokens before each mask slot's position have, whichever process has them; no gradient.

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.contracts.models import Pair, random_pair
@@ -91,9 +92,7 @@ def test_a_long_text_that_ended_makes_no_others_forwards_larger() -> None:
 
 
 class Waits(TorchDispatchMode):
-    """Counts operations for which the host has to wait for the device."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
+    """Notes operations whose results' sizes are data, for which the host has to wait for the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +100,23 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in self.WAITING or (name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])):
+        by_mask = name == "index" and any(index is not None and index.dtype == torch.bool for index in args[1])
+        if by_mask or name in ("nonzero", "masked_select", "unique_dim", "_unique2"):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Reads(TorchFunctionMode):
+    """Notes what brings numbers to the host; on the CPU that passes by the dispatcher."""
+
+    READING = ("item", "tolist", "numpy", "cpu", "equal", "__int__", "__float__", "__bool__", "__index__")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (name := getattr(func, "__name__", "")) in self.READING:
             self.found.append(name)
         return func(*args, **(kwargs or {}))
 
@@ -109,18 +124,19 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("fixed", [False, True])
 @plans
-def test_a_step_waits_for_the_device_only_to_read_its_tokens(plan: str, fixed: bool, gated: bool) -> None:
+def test_a_step_waits_for_the_device_once_to_read_its_tokens(plan: str, fixed: bool, gated: bool) -> None:
     model = grouped(trained_pair("zaya_sliding"))
     if gated:
         model.add_gated(GatedParts())
     engine = Engine(model, PLANS[plan], max_batch=4, fixed_shapes=fixed)
     for request in mixed_lengths(4):
-        engine.add(request)
+        engine.add(replace(request, max_new_tokens=40))
     engine.step()
-    with Waits() as waits:
+    with Waits() as waits, Reads() as reads:
         for _ in range(3):
             engine.step()
     assert waits.found == []
+    assert reads.found == ["tolist"] * 3
 
 
 def test_texts_that_outgrow_their_slots_are_the_same() -> None:

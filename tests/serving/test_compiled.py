@@ -32,3 +32,17 @@ def test_a_model_that_does_not_compile_here_is_told_with_the_reason() -> None:
         compiled_engine(model, PLANS["all proposals"], 2)
     assert "no compiler found" in str(caught.value.found)
     assert "--compile" in caught.value.fix
+
+
+def test_a_lack_of_memory_is_told_as_one() -> None:
+    def lacking(graph: Any, inputs: Any) -> Any:
+        def run(*_: Any) -> Any:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+        return run
+
+    torch._dynamo.reset()
+    model = random_pair("mixtral", num_hidden_layers=1).layout
+    model.compile(backend=lacking)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        compiled_engine(model, PLANS["all proposals"], 2)

@@ -6,7 +6,7 @@ import warnings
 
 import torch
 
-from zconvert.errors import UserError
+from zconvert.errors import UserError, out_of_memory
 from zconvert.tidar.acceptance import Sampling
 from zconvert.tidar.cache import GROWTH
 from zconvert.tidar.decoding import DecodePlan, Request
@@ -42,9 +42,9 @@ def compiled_engine(
     for rows, length in rounds:
         try:
             _decode_some(engine, rows, length)
-        except torch.OutOfMemoryError:
-            raise
         except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
+            if out_of_memory(error) is not None:
+                raise
             cause = getattr(error, "inner_exception", error)  # what torch wraps up with advice for its developers
             raise UserError(
                 "torch cannot compile this model here",

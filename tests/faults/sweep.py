@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import tests.conftest  # noqa: F401 - forks get threads of their own, here as under pytest
 import zconvert.checkpoint.export
 from tests.faults import inject
 from tests.faults.commands import COMMANDS, Base, contents, make_base

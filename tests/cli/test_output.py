@@ -146,6 +146,16 @@ def test_what_a_terminal_shows_fits_it(columns: int, made: Path) -> None:
     assert long == []
 
 
+@pytest.mark.parametrize("columns", [40, 80])
+def test_wrong_usage_is_folded_between_words(columns: int) -> None:
+    code, shown = in_terminal(columns, "evaluate", "x", "--samplers", "nothing", "--tasks", "gsm8k", NO_COLOR="1")
+    assert code == 2
+    lines = lines_of(shown)
+    said = lines[next(at for at, line in enumerate(lines) if line.startswith("Error:")) :]
+    assert max(map(len, said)) <= columns
+    assert "'nothing' is no sampler, expected ar, lossless or mix:<w>" in " ".join(" ".join(said).split())
+
+
 def test_an_error_in_a_narrow_terminal_keeps_paths_in_one_piece(made: Path) -> None:
     missing = str(made / ("a-long-name-" * 5) / "checkpoint")
     code, shown = in_terminal(40, "inspect", missing, NO_COLOR="1")

@@ -174,6 +174,16 @@ class Command(_Page, TyperCommand):
 class Group(_Page, TyperGroup):
     """A group of commands with this help."""
 
+    def invoke(self, context: Any) -> Any:
+        """As Typer does it; in a terminal, messages of wrong usage are folded between words, not by the terminal."""
+        try:
+            return super().invoke(context)
+        except Exception as error:
+            if context.parent is None and ui.err.is_terminal and hasattr(error, "format_message"):
+                said = ui.wrap(error.format_message(), ui.err.width, first=len("Error: "), indent=2)
+                error.format_message = lambda: said
+            raise
+
 
 def _name(parameter: Any, record: str) -> str:
     """An argument by its name; an option by its flags, and what stands for its value."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.checkpoint.disk import small_disk
+from tests.faults.commands import contents
 from tests.training.killing import MOMENTS
 from tests.training.runs import make_run, metrics_of
 from zconvert.errors import UserError
@@ -26,7 +28,7 @@ from zconvert.training import stages
 from zconvert.training.loop import Progress
 from zconvert.training.metrics import METRICS_FILE, metrics_file
 from zconvert.training.parallel import Parallel
-from zconvert.training.state import load_latest, load_state, save_state, states_in
+from zconvert.training.state import check_start, load_latest, load_start, load_state, save_state, states_in
 
 
 def _train(settings: dict[str, Any]) -> Path:
@@ -139,6 +141,44 @@ def test_only_the_newest_states_are_kept(tmp_path: Path) -> None:
         save_state(tmp_path, step, {"step": step}, {"weight": torch.ones(1)}, 2, ALONE)
     assert [step for step, _ in states_in(tmp_path)] == [4, 5]
     assert not list((tmp_path / "train_state").glob(".*"))
+
+
+def test_a_run_never_starts_behind_its_own_newest_state(
+    uninterrupted: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    settings, checkpoint = uninterrupted
+    run_dir = tmp_path / "run"
+    shutil.copytree(checkpoint.parent, run_dir, ignore=shutil.ignore_patterns("checkpoint"))
+    *_, (_, earlier), (_, newest) = states_in(run_dir)
+    before = contents(run_dir)
+    for wanted in ("never", str(earlier)):
+        with pytest.raises(UserError, match="has later train states") as caught:
+            _train({**settings, "output_dir": str(run_dir), "resume_from_checkpoint": wanted})
+        assert str(newest) in str(caught.value.found)
+    assert contents(run_dir) == before
+
+
+def test_another_runs_state_counts_until_there_is_one_of_its_own(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    named = str(save_state(one, 5, {"step": 5}, {"weight": torch.ones(1)}, 2, ALONE))
+    for step in (5, 6):
+        check_start(named, other)
+        state = load_start(named, other, pytest.fail, ALONE)
+        assert state is not None
+        assert state.numbers == {"step": step}
+        save_state(other, step + 1, {"step": step + 1}, {"weight": torch.ones(1)}, 2, ALONE)
+
+
+def test_a_name_without_a_state_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="names no train state: elsewhere/step-00000007"):
+        check_start("elsewhere/step-00000007", tmp_path)
+
+
+def test_a_state_that_was_being_replaced_is_put_back(tmp_path: Path) -> None:
+    state = save_state(tmp_path, 1, {"step": 1}, {"weight": torch.ones(1)}, 1, ALONE)
+    state.rename(state.with_name(f".{state.name}.old"))
+    check_start("auto", tmp_path)
+    assert [folder for _, folder in states_in(tmp_path)] == [state]
 
 
 def test_a_state_that_holds_code_is_refused(tmp_path: Path) -> None:

@@ -113,7 +113,9 @@ class TrainingRecipe(Recipe):
         "source", description="number format of the checkpoint written; source: each tensor as in base_model"
     )
     resume_from_checkpoint: Text = Field(
-        "auto", description="auto: go on from the newest train state in output_dir; never; or a train state's folder"
+        "auto",
+        description="auto: go on from the newest train state in output_dir; never: refuse a folder that has one; or "
+        "another run's train state, to start from where output_dir has none yet",
     )
     diffusion: TrainingDiffusion = Field(TrainingDiffusion(), description="the diffusion objective")
     moe: MoeSection = Field(MoeSection(), description="routers and their balance")

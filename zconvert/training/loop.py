@@ -32,7 +32,7 @@ from zconvert.training.optimizer import make_optimizer, set_learning_rate
 from zconvert.training.parallel import Parallel
 from zconvert.training.schedule import learning_rate_factor
 from zconvert.training.slots import draw_slots, random_offsets, row_generators
-from zconvert.training.state import load_latest, load_state
+from zconvert.training.state import load_start
 
 _MOST_NAMED = 8
 """documents that an error names"""
@@ -309,14 +309,10 @@ class Trainer:
         }
 
     def _resume(self) -> None:
-        wanted = self.recipe.resume_from_checkpoint
-        if wanted == "never":
-            return
-        if wanted == "auto":
-            warn = lambda text: self.on_progress(Progress(message=f"warning: {text}"))  # noqa: E731
-            state = load_latest(self.run_dir, warn, self.parallel)
-        else:
-            state = load_state(Path(wanted), self.parallel)
+        def warn(text: str) -> None:
+            self.on_progress(Progress(message=f"warning: {text}"))
+
+        state = load_start(self.recipe.resume_from_checkpoint, self.run_dir, warn, self.parallel)
         if state is not None:
             resume_run(self, state)
             self.on_progress(Progress(message=f"continuing after step {self.step}"))

@@ -40,6 +40,7 @@ from zconvert.training.loop import Interrupted, OnProgress, Progress, Trainer
 from zconvert.training.observers import Observer
 from zconvert.training.parallel import Parallel
 from zconvert.training.quantised import pack
+from zconvert.training.state import check_start
 from zconvert.training.trackers import Trackers
 from zconvert.training.watching import observers_of
 
@@ -68,6 +69,7 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress, observers: Sequence[O
     _refuse_output(run_dir)
     with contextlib.ExitStack() as stack:
         parallel.together(lambda: stack.enter_context(own_folder(run_dir)) if parallel.first else None)
+        parallel.together(lambda: check_start(recipe.resume_from_checkpoint, run_dir) if parallel.first else None)
         with explained(lambda said: too_little_for_training(recipe, parallel.world, said)):
             return _train(recipe, on_progress if parallel.first else _say_nothing, observers, parallel, stack)
 
@@ -326,5 +328,5 @@ def _refuse_output(run_dir: Path) -> None:
     if final.exists():
         raise UserError(
             f"{final} exists already: this run is complete",
-            fix="choose another output_dir, or remove that folder to train anew or further",
+            fix="choose another output_dir; to train further, remove that folder and raise max_steps",
         )

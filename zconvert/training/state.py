@@ -117,6 +117,49 @@ def load_state(folder: Path, parallel: Parallel) -> State:
         raise UserError(f"the train state {folder} is damaged", found=error, fix="remove this folder") from error
 
 
+def check_start(wanted: str, run_dir: Path) -> None:
+    """Refuses a start from anywhere but the newest state of a run that has some: what came later would be lost.
+
+    Args:
+        wanted: `resume_from_checkpoint` of the recipe.
+        run_dir: of the run.
+
+    Raises:
+        UserError: such a start, or no state in the folder that is named.
+    """
+    _put_back(run_dir)
+    if wanted not in ("auto", "never") and not (Path(wanted) / _MANIFEST).is_file():
+        raise UserError(
+            f"resume_from_checkpoint names no train state: {wanted}",
+            expected="a folder such as OUTPUT_DIR/train_state/step-00000500",
+            fix="name one, or set it to auto",
+        )
+    states = [folder for _, folder in states_in(run_dir)]
+    within = wanted != "never" and Path(wanted).resolve().parent == (run_dir / "train_state").resolve()
+    if states and (wanted == "never" or (within and Path(wanted).resolve() != states[-1].resolve())):
+        raise UserError(
+            f"resume_from_checkpoint is {wanted}, and the run has later train states",
+            found=f"{states[-1]} the newest",
+            fix="set it to auto to go on from there; or choose another output_dir, which keeps both",
+        )
+
+
+def load_start(wanted: str, run_dir: Path, on_warning: Callable[[str], None], parallel: Parallel) -> State | None:
+    """The state that a run goes on from: its own newest one; without any, that of another run, if one is named.
+
+    Args:
+        wanted: `resume_from_checkpoint` of the recipe, which `check_start` let pass.
+        run_dir: of the run.
+        on_warning: is told of damaged states.
+        parallel: the processes.
+
+    Raises:
+        UserError: the named one is damaged.
+    """
+    own = load_latest(run_dir, on_warning, parallel)
+    return load_state(Path(wanted), parallel) if own is None and wanted not in ("auto", "never") else own
+
+
 def load_latest(run_dir: Path, on_warning: Callable[[str], None], parallel: Parallel) -> State | None:
     """The newest whole state, or None where there is none; damaged ones are reported and passed over."""
     for folder in reversed(parallel.gather([folder for _, folder in states_in(run_dir)])[0]):
@@ -125,6 +168,14 @@ def load_latest(run_dir: Path, on_warning: Callable[[str], None], parallel: Para
         except UserError as error:
             on_warning(f"{error.what} ({error.found}); trying the one before")
     return None
+
+
+def _put_back(run_dir: Path) -> None:
+    """What a process that was killed between the two renames of `_finish` was replacing gets its name again."""
+    for old in (run_dir / "train_state").glob(".step-*.old"):
+        final = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+        if not final.exists():
+            old.rename(final)
 
 
 def _make_empty(folder: Path) -> None:

@@ -186,6 +186,15 @@ def test_a_pipeline_is_planned_as_its_recipes_convert_and_train(tmp_path: Path) 
     assert told["acceptance"] == made["acceptance"]
 
 
+def test_a_plan_says_where_it_assumes_that_every_weight_is_trained(tmp_path: Path) -> None:
+    source, recipe = make_checkpoint(tmp_path / "source", "qwen3_moe"), tmp_path / "midtrain.yaml"
+    recipe.write_text(RECIPE.format(base=tmp_path / "init"))
+    assert "all, it is assumed" in document(source, recipe)["summary"][-1]
+    (tmp_path / "convert-init.yaml").write_text(f"base_model: {source}\noutput_dir: {tmp_path / 'init'}\n")
+    for known in ([source, recipe, "--mode", "full"], [tmp_path / "convert-init.yaml", recipe], [source]):
+        assert "assumed" not in str(document(*known)["summary"])
+
+
 def test_a_recipe_whose_base_is_not_made_yet_says_what_makes_it(tmp_path: Path) -> None:
     (tmp_path / "midtrain.yaml").write_text(RECIPE.format(base=tmp_path / "init"))
     said = " ".join(run(tmp_path / "midtrain.yaml").stderr.split())

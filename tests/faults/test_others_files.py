@@ -12,7 +12,7 @@ import torch
 
 from tests.checkpoint.disk import small_disk
 from tests.faults.commands import Base
-from zconvert.checkpoint.folder import EVALUATION_FOLDER, TUNING_FILE, companions, write_file
+from zconvert.checkpoint.folder import TUNING_FILE, companions, write_file
 from zconvert.errors import UserError
 from zconvert.evaluation.samples import append, open_to_append, read_lines
 from zconvert.serving.batch import Row, rows_done
@@ -88,7 +88,7 @@ def test_who_decodes_or_evaluates_a_checkpoint_does_not_change_it(base: Base, tm
     shutil.copytree(base.path("init"), checkpoint)
     before, files = fingerprint(str(checkpoint)), companions(checkpoint).keys()
     Known(Times("this", {1: {1: 0.1}}), file=checkpoint / TUNING_FILE).save()
-    write_file(checkpoint / EVALUATION_FOLDER / "results.json", "{}")
+    write_file(checkpoint / "evaluation" / "results.json", "{}")
     assert fingerprint(str(checkpoint)) == before
     assert companions(checkpoint).keys() == files
 

@@ -26,7 +26,7 @@ from zconvert.errors import UserError
 from zconvert.recipe import MidtrainRecipe
 from zconvert.training import stages
 from zconvert.training.loop import Progress
-from zconvert.training.metrics import METRICS_FILE, metrics_file
+from zconvert.training.metrics import metrics_file
 from zconvert.training.parallel import Parallel
 from zconvert.training.state import check_start, load_latest, load_start, load_state, save_state, states_in
 
@@ -239,7 +239,7 @@ def test_a_row_of_metrics_of_which_the_disk_takes_a_part_is_an_error(tmp_path: P
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     with metrics_file(tmp_path, 0) as add:
         add({"step": 1})
-        size = (tmp_path / METRICS_FILE).stat().st_size
+        size = (tmp_path / "metrics.jsonl").stat().st_size
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, limit[1]))
         try:
             with pytest.raises(UserError, match="cannot be written"):

@@ -16,7 +16,7 @@ from typing import Any
 import zconvert
 from zconvert.checkpoint.card import Facts, inherited_metadata, model_card
 from zconvert.checkpoint.engines import serving_lines
-from zconvert.checkpoint.folder import EVALUATION_FOLDER, ORIGINALS, copy, copy_companions, link, new_folder, sha256
+from zconvert.checkpoint.folder import ORIGINALS, copy, copy_companions, link, new_folder, sha256
 from zconvert.checkpoint.headers import INDEX_FILE, Headers, read_headers
 from zconvert.checkpoint.json_patch import parse_json_object, patch_json, read_json, read_json_text
 from zconvert.checkpoint.mask_token import choose_mask_token, tokenizer_patches
@@ -31,7 +31,8 @@ from zconvert.checkpoint.provenance import (
     read_provenance,
 )
 from zconvert.checkpoint.reshard import Layout, plan_layout, write_layout
-from zconvert.checkpoint.source import RUN_CHECKPOINT, Source, read_config, require_converted
+from zconvert.checkpoint.run_folder import EVALUATION_FOLDER, REPORT_FOLDER, RUN_CHECKPOINT
+from zconvert.checkpoint.source import Source, read_config, require_converted
 from zconvert.checkpoint.verify_export import verify_export
 from zconvert.checkpoint.weights import check_written, config_patch
 from zconvert.errors import UserError
@@ -48,7 +49,6 @@ RECIPE_FILE = "zconvert_config.yaml"
 PLOTS_FOLDER = "plots"
 EVALUATION_FILE = f"{EVALUATION_FOLDER}/results.json"
 """in a run's folder, a checkpoint's or an export's: what `zconvert evaluate` measured"""
-_RUN_REPORT = "report"
 """folder of a run in which `zconvert report` draws"""
 _RECIPE_HEAD = "# The recipes of all stages, in order, every setting written out.\n"
 
@@ -211,7 +211,7 @@ def _checked_texts(source: Path, headers: Headers, config: dict[str, Any], setti
 def _attached(source: Path) -> dict[str, Path]:
     """What was drawn and measured: name in the export -> the file, of the run around a checkpoint or of an export."""
     run = source.parent if source.name == RUN_CHECKPOINT else source
-    plots = sorted((source / PLOTS_FOLDER).glob("*.png")) or sorted((run / _RUN_REPORT).glob("*.png"))
+    plots = sorted((source / PLOTS_FOLDER).glob("*.png")) or sorted((run / REPORT_FOLDER).glob("*.png"))
     attached = {f"{PLOTS_FOLDER}/{path.name}": path for path in plots}
     evaluation = next((path for place in (source, run) if (path := place / EVALUATION_FILE).is_file()), None)
     return attached if evaluation is None else {**attached, EVALUATION_FILE: evaluation}

@@ -31,8 +31,8 @@ _FIXES = {
 }
 BASE_CARD = "BASE_MODEL_CARD.md"
 """under this name the base's README.md travels: its licence and lineage, beside a card that tells of the conversion"""
-TUNING_FILE, EVALUATION_FOLDER = "tuning.json", "evaluation"
-"""what decoding and evaluating leave in a checkpoint's folder, and no part of it"""
+TUNING_FILE = "tuning.json"
+"""what decoding leaves in a checkpoint's folder, and no part of it"""
 _STAY = {
     TUNING_FILE,
     "README.md",

@@ -15,14 +15,13 @@ from typing import Any
 from zconvert.checkpoint.headers import Headers, ShardFiles, read_headers
 from zconvert.checkpoint.hub import Progress, fetch, hub_files
 from zconvert.checkpoint.json_patch import parse_json_object, read_json_text
+from zconvert.checkpoint.run_folder import METRICS_FILE, RUN_CHECKPOINT, TRAIN_STATES
 from zconvert.errors import UserError
 from zconvert.formats import up_to_date
 from zconvert.tidar.families import language_config
 from zconvert.tidar.settings import FORMAT_VERSION, TidarSettings
 
 CONFIG_FILE = "config.json"
-RUN_CHECKPOINT = "checkpoint"
-"""a training run keeps its finished checkpoint in this folder"""
 
 Accept = Callable[[dict[str, Any], Headers], None]
 """raises a `UserError` for a checkpoint that cannot be used"""
@@ -223,7 +222,7 @@ def _local(folder: Path) -> Source:
     if not (folder / CONFIG_FILE).exists():
         if (checkpoint / CONFIG_FILE).exists():
             folder = checkpoint
-        elif (folder / "train_state").is_dir() or (folder / "metrics.jsonl").exists():
+        elif (folder / TRAIN_STATES).is_dir() or (folder / METRICS_FILE).exists():
             raise UserError(
                 f"{folder} is a training run without a checkpoint yet",
                 found=f"no folder {checkpoint}",

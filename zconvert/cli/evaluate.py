@@ -14,8 +14,8 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from zconvert.checkpoint.folder import EVALUATION_FOLDER
-from zconvert.checkpoint.source import RUN_CHECKPOINT, Source, require_converted, resolve
+from zconvert.checkpoint.run_folder import EVALUATION_FOLDER, RUN_CHECKPOINT
+from zconvert.checkpoint.source import Source, require_converted, resolve
 from zconvert.cli import options
 from zconvert.cli.ui import err, out, plural, print_json, show_table
 

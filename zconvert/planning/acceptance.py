@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from zconvert.checkpoint.run_folder import METRICS_FILE
 from zconvert.errors import UserError
 
 PUBLISHED = {
@@ -104,7 +105,7 @@ def find_curve(text: str, block_size: int) -> Curve:
         return flat_curve(float(text), block_size)
     except ValueError:
         path = Path(text)
-    path = path / "metrics.jsonl" if path.is_dir() else path
+    path = path / METRICS_FILE if path.is_dir() else path
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:

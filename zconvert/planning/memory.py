@@ -32,7 +32,7 @@ from zconvert.planning.model import ModelFacts
 from zconvert.planning.workload import Workload
 
 CHUNK_LOGITS = 2**27
-"""logits in a chunk of no stated size, as in training/loss.py"""
+"""logits in a chunk of no stated size: half a GiB in float32"""
 _RESIDUAL_BYTES = 4
 
 

@@ -39,9 +39,9 @@ class Limits:
 
     places: int
     """texts that run or wait at a time"""
-    timeout: float = 600.0
+    timeout: float
     """seconds from a request to the end of its texts"""
-    grace: float = 30.0
+    grace: float
     """seconds that running texts have when the server is to stop"""
 
 

@@ -25,7 +25,6 @@ from zconvert.tidar.model import LayoutModel
 from zconvert.tidar.settings import TidarSettings
 from zconvert.training.evaluating import evaluating
 from zconvert.training.loss import cross_entropy_sum
-from zconvert.training.observers import is_main_process
 from zconvert.training.pipeline import flat
 
 CONTEXT_FILE = "context.json"
@@ -36,8 +35,17 @@ _VIEW = ".base"
 class ContextExtension:
     """What the extend-context stage does beside training."""
 
-    def __init__(self, source: Source, settings: TidarSettings, section: ContextSection, run_dir: Path) -> None:
+    def __init__(
+        self, source: Source, settings: TidarSettings, section: ContextSection, run_dir: Path, *, writes: bool = True
+    ) -> None:
         """Checks whether the checkpoint can be extended so; nothing is written yet.
+
+        Args:
+            source: the checkpoint.
+            settings: its own.
+            section: of the recipe.
+            run_dir: of the run.
+            writes: this process writes the report, one of several.
 
         Raises:
             UserError: it cannot.
@@ -49,6 +57,7 @@ class ContextExtension:
                 fix="extend the source first, and convert it after that",
             )
         self.original, self.settings, self.section, self.run_dir = source, settings, section, run_dir
+        self.writes = writes
         config = language_config(read_config(source.folder))
         self.change = RopeChange(
             section.target_len,
@@ -127,7 +136,7 @@ class ContextExtension:
         return [documents.tokens(number)[0][: self.section.target_len].long() for number in chosen]
 
     def _write(self, document: dict[str, Any]) -> None:
-        if is_main_process():
+        if self.writes:
             write_file(self.run_dir / CONTEXT_FILE, json.dumps(document) + "\n")
 
 

@@ -15,14 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from zconvert.planning.memory import CHUNK_LOGITS
 from zconvert.tidar.model import LayoutModel
 
 _Loss = Callable[..., tuple[Tensor, Tensor, Tensor]]
 """(logits, labels …) of a chunk, float32 -> () the summed loss, (n,) bool: the likeliest token is right, and the loss's
 gradient with respect to the logits, in the logits' own memory"""
-
-CHUNK_LOGITS = 2**27
-"""logits in a chunk of no stated size: half a GiB in float32"""
 
 
 def cross_entropy_sum(

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from zconvert.checkpoint.folder import add_line, write_file, writing
+from zconvert.checkpoint.run_folder import METRICS_FILE
 from zconvert.training.objective import expected_accepted
-
-METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass

@@ -18,7 +18,7 @@ from zconvert.tidar.layout import packed_layout
 from zconvert.tidar.model import LayoutModel
 from zconvert.training.balancing import DEFAULT_RATE, BiasBalancer
 from zconvert.training.evaluating import evaluating
-from zconvert.training.observers import Observer, is_main_process, summed
+from zconvert.training.observers import Observer
 from zconvert.training.routing import (
     KINDS,
     RouterWatch,
@@ -84,7 +84,7 @@ class MoeObserver(Observer):
 
     def on_step(self, trainer: Trainer) -> dict[str, Any] | None:
         """Balances; at a row of metrics tells the health since the last one, and the drift where it is due."""
-        counts = [summed(c) for c in self.watch.take_counts()]
+        counts = [trainer.parallel.summed(c) for c in self.watch.take_counts()]
         if self.balancer is not None:
             self.balancer.step(counts)
         self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)] if self._counts else counts
@@ -105,7 +105,7 @@ class MoeObserver(Observer):
         told |= self._drift
         self._warn(told, trainer.step)
         self._counts, self._aux, self._drift = [], [0.0, 0.0], {}
-        if is_main_process():
+        if trainer.parallel.first:
             write_file(trainer.run_dir / ROUTING_FILE, json.dumps(loads) + "\n")
         return {"moe": told}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -32,19 +31,3 @@ class Observer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
-
-
-def is_main_process() -> bool:
-    """Whether this process writes files: the only one, or the first."""
-    return not _distributed() or torch.distributed.get_rank() == 0
-
-
-def summed(counts: Tensor) -> Tensor:
-    """The tensor, in place, summed over all processes."""
-    if _distributed():
-        torch.distributed.all_reduce(counts)
-    return counts
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -258,6 +258,12 @@ class Parallel:
         dist.all_reduce(total)
         return total.tolist()
 
+    def summed(self, counts: Tensor) -> Tensor:
+        """The tensor, in place, summed over all processes."""
+        if self.world > 1:
+            dist.all_reduce(counts)
+        return counts
+
     def gather(self, item: T) -> list[T]:
         """What every process says, by rank; plain Python objects."""
         if self.world == 1:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import zconvert
-from zconvert.checkpoint.folder import EVALUATION_FOLDER, TUNING_FILE, own_file, write_file
-from zconvert.checkpoint.source import RUN_CHECKPOINT, naming_the_recipe, resolve
+from zconvert.checkpoint.folder import TUNING_FILE, own_file, write_file
+from zconvert.checkpoint.run_folder import EVALUATION_FOLDER, RUN_CHECKPOINT
+from zconvert.checkpoint.source import naming_the_recipe, resolve
 from zconvert.errors import UserError
 from zconvert.recipe import Recipe
 

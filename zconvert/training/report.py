@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from zconvert.checkpoint.folder import own_folder
+from zconvert.checkpoint.run_folder import METRICS_FILE, REPORT_FOLDER
 from zconvert.errors import UserError
 from zconvert.page import png, write_page
 from zconvert.training.context import CONTEXT_FILE
-from zconvert.training.metrics import METRICS_FILE
 from zconvert.training.moe import ROUTING_FILE
 
 
@@ -85,7 +85,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """
     run = Run.read(run_dir)
     images = {name: image for name, draw in _FIGURES.items() if (image := _png(draw, run)) is not None}
-    folder = run_dir / "report" if out is None else out
+    folder = run_dir / REPORT_FOLDER if out is None else out
     with own_folder(folder):
         return write_page(folder, _title(run), images, **_page(run))
 

@@ -14,8 +14,8 @@ import torch
 
 from zconvert.checkpoint.folder import own_folder, write_file
 from zconvert.checkpoint.load import end_token_ids, load_model, load_tokenizer
+from zconvert.checkpoint.run_folder import RUN_CHECKPOINT
 from zconvert.checkpoint.source import (
-    RUN_CHECKPOINT,
     Source,
     fingerprint,
     naming_the_recipe,
@@ -94,7 +94,7 @@ def _train(
     torch.manual_seed(recipe.seed + parallel.rank)  # dropout, if there is any, drops other units elsewhere
     extension = None
     if isinstance(recipe, ExtendContextRecipe):
-        extension = ContextExtension(source, settings, recipe.context, run_dir)
+        extension = ContextExtension(source, settings, recipe.context, run_dir, writes=parallel.first)
         _report_before(extension, recipe, parallel, report)
         if parallel.first:
             at_the_end.callback(extension.close)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from zconvert.checkpoint.folder import flush
+from zconvert.checkpoint.run_folder import TRAIN_STATES
 from zconvert.errors import UserError
 from zconvert.training.parallel import Parallel
 
@@ -57,7 +58,7 @@ class State:
 
 def states_in(run_dir: Path) -> list[tuple[int, Path]]:
     """(step, folder) of the states of a run, oldest first."""
-    folder = run_dir / "train_state"
+    folder = run_dir / TRAIN_STATES
     found = ((_STEP.fullmatch(path.name), path) for path in folder.iterdir()) if folder.is_dir() else ()
     return sorted((int(match.group(1)), path) for match, path in found if match)
 
@@ -83,7 +84,7 @@ def save_state(
     Raises:
         UserError: the disk is full or not writable; earlier states are as they were.
     """
-    final = run_dir / "train_state" / f"step-{step:08d}"
+    final = run_dir / TRAIN_STATES / f"step-{step:08d}"
     partial = final.with_name(f".{final.name}.partial")
     try:
         parallel.together(lambda: _make_empty(partial) if parallel.first else None)
@@ -135,7 +136,7 @@ def check_start(wanted: str, run_dir: Path) -> None:
             fix="name one, or set it to auto",
         )
     states = [folder for _, folder in states_in(run_dir)]
-    within = wanted != "never" and Path(wanted).resolve().parent == (run_dir / "train_state").resolve()
+    within = wanted != "never" and Path(wanted).resolve().parent == (run_dir / TRAIN_STATES).resolve()
     if states and (wanted == "never" or (within and Path(wanted).resolve() != states[-1].resolve())):
         raise UserError(
             f"resume_from_checkpoint is {wanted}, and the run has later train states",
@@ -172,7 +173,7 @@ def load_latest(run_dir: Path, on_warning: Callable[[str], None], parallel: Para
 
 def _put_back(run_dir: Path) -> None:
     """What a process that was killed between the two renames of `_finish` was replacing gets its name again."""
-    for old in (run_dir / "train_state").glob(".step-*.old"):
+    for old in (run_dir / TRAIN_STATES).glob(".step-*.old"):
         final = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
         if not final.exists():
             old.rename(final)

@@ -1,0 +1,11 @@
+"""What lies in the folder of a training run, `output_dir`, by name: for those who write it and those who look."""
+
+RUN_CHECKPOINT = "checkpoint"
+"""what the run made"""
+TRAIN_STATES = "train_state"
+"""a folder for each, to go on from"""
+METRICS_FILE = "metrics.jsonl"
+REPORT_FOLDER = "report"
+"""what `zconvert report` draws"""
+EVALUATION_FOLDER = "evaluation"
+"""what `zconvert evaluate` found"""

@@ -124,6 +124,8 @@ def _read_line(asks: bool) -> str | None:
         try:
             return (input("> ") if asks else input()).strip()
         except EOFError:
+            if asks:
+                err.print()  # the shell's prompt gets a line of its own
             return None
         except KeyboardInterrupt:
             if not asks:

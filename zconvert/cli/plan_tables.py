@@ -44,13 +44,12 @@ def show(document: dict[str, Any], cells: list[Cell]) -> None:
     roofline, where = decoding["blocks_under_roofline"], f"{decoding['gpus']} × {document['machine']['name']}"
     if "calibration" in document:
         where = document["calibration"]["machine"]["name"]
-    out.print(
-        Text(
-            f"Speedup over AR, decoding on {where}, acceptance of "
-            f"{document['acceptance']['source']}. Dim: does not fit. Attention over a long cache "
-            f"costs nothing more up to about {roofline:.0f} × {document['acceptance']['block_size']} tokens a forward."
-        )
-    )
+    curve = document["acceptance"]
+    said = f"Speedup over AR, decoding on {where}, acceptance of {curve['source']}. Dim: does not fit."
+    if roofline >= 1:
+        free = f"about {roofline:.0f} × {curve['block_size']} tokens a forward"
+        said += f" Attention over a long cache costs nothing more up to {free}."
+    out.print(Text(said))
     if "calibration" in document:
         _show_calibration(document["calibration"])
     for explained in document.get("explain", ()):

@@ -46,7 +46,7 @@ def command(
     export = load_recipe(pipeline, PipelineRecipe).export
     if export is not None:
         base, output = recipes[-1][1].output_dir, Path(export.output_dir).expanduser()
-        stages.append(export_stage(base, output, lambda: _discard(export_shown(base, output, verify=True))))
+        stages.append(export_stage(base, output, lambda: export_shown(base, output, verify=True)))
 
     told: list[Stage] = []
 
@@ -75,7 +75,3 @@ def _runner(recipe: Recipe) -> Callable[[], None]:
             extend_context.show_context(Path(recipe.output_dir))
 
     return train
-
-
-def _discard(_report: object) -> None:
-    pass

@@ -44,7 +44,7 @@ class Stage:
     output: Path
     settings: dict[str, Any]
     """of its recipe"""
-    run: Callable[[], None]
+    run: Callable[[], object]
 
     @property
     def status(self) -> Status:
@@ -60,7 +60,7 @@ class Stage:
         return self.output.with_name(f"{self.output.name}.inputs.json")
 
 
-def stage_of(recipe: Recipe, run: Callable[[], None]) -> Stage:
+def stage_of(recipe: Recipe, run: Callable[[], object]) -> Stage:
     """The stage of a recipe.
 
     Args:
@@ -72,7 +72,7 @@ def stage_of(recipe: Recipe, run: Callable[[], None]) -> Stage:
     return Stage(recipe.stage, base, settings.pop("revision"), output, settings, run)
 
 
-def export_stage(base: str, output: Path, run: Callable[[], None]) -> Stage:
+def export_stage(base: str, output: Path, run: Callable[[], object]) -> Stage:
     """The last stage, which has no recipe of its own."""
     return Stage("export", base, None, output, {}, run)
 

@@ -8,7 +8,7 @@ from typing import Any
 from zconvert.checkpoint.load import prompt_ids
 from zconvert.data.chat import asking_ids
 from zconvert.errors import UserError
-from zconvert.serving.protocol import ApiError, Asked, Chat, Completion
+from zconvert.serving.protocol import MOST_NAME, ApiError, Asked, Chat, Completion
 from zconvert.serving.text import GrowingText
 from zconvert.tidar.acceptance import Sampling
 from zconvert.tidar.decoding import DecodePlan, Request
@@ -54,7 +54,7 @@ def encode(asked: Asked, served: Served) -> list[tuple[Request, GrowingText]]:
 
 def unknown_model(name: str, served: Served) -> ApiError:
     """The error of a request for a model that is not here."""
-    message = f"there is no model {name!r} here, only {served.name!r}"
+    message = f"there is no model {name[:MOST_NAME]!r} here, only {served.name!r}"
     return ApiError(message, status=404, param="model", code="model_not_found")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 MAX_BODY = 16 * 2**20
@@ -17,8 +17,10 @@ MAX_BODY = 16 * 2**20
 
 _MAX_CHOICES = 128
 _MAX_STOPS = 16
-_MOST_NAME = 200
-"""characters of a field's name in an answer; one of megabytes is not compared with others either"""
+_MOST_FIELDS = 100
+"""of an object: pydantic would list every unknown one, in seconds and gigabytes where there are a million"""
+MOST_NAME = 200
+"""characters of a name in an answer; one of megabytes is not compared with others either"""
 # A temperature below this is greedy in all but name, and dividing by it would overflow.
 _GREEDY_BELOW = 1e-4
 
@@ -132,6 +134,13 @@ def _read_part(part: Any) -> str | None:
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > _MOST_FIELDS:
+            raise ValueError(f"fields: expected at most {_MOST_FIELDS}, found {len(value):,}")
+        return value
+
 
 class StreamOptions(_Body):
     """Of a request with `stream`."""
@@ -232,7 +241,7 @@ class Chat(Asked):
     chat = True
     prompt_param = "messages"
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
 
     @property
@@ -289,7 +298,7 @@ def parse(body: bytes | dict[str, Any], kind: type[AskedT]) -> AskedT:
 def _wrong(error: ValidationError, kind: type[Asked]) -> ApiError:
     """The first of pydantic's findings, in the API's words."""
     item = error.errors(include_url=False)[0]
-    param = ".".join(map(str, item["loc"]))[:_MOST_NAME]
+    param = ".".join(map(str, item["loc"]))[:MOST_NAME]
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(param, list(kind.model_fields), n=1) if len(item["loc"]) == 1 else []
         hint = f", did you mean {near[0]}?" if near else ""

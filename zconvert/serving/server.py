@@ -26,7 +26,7 @@ from starlette.types import Receive, Scope, Send
 from zconvert.serving.answers import Answer, Usage, event
 from zconvert.serving.encoding import Served, encode, unknown_model
 from zconvert.serving.metrics import Metrics
-from zconvert.serving.protocol import MAX_BODY, ApiError, Asked, Chat, Completion, parse
+from zconvert.serving.protocol import MAX_BODY, MOST_NAME, ApiError, Asked, Chat, Completion, parse
 from zconvert.serving.worker import Job, Piece, Worker
 
 _RETRY_SECONDS = 1
@@ -240,7 +240,7 @@ class Service:
         for index, job in enumerate(texts.jobs):
             if index not in texts.last or texts.last[index].finish is None:
                 self._worker.cancel(job)
-        self._metrics.requests.labels(request.url.path, str(texts.status)).inc()
+        self._metrics.requests.labels(request.scope["path"], str(texts.status)).inc()
         self._metrics.seconds.observe(time.monotonic() - start)
 
     async def _pieces(self, texts: _Texts, start: float) -> AsyncIterator[tuple[int, Piece]]:
@@ -362,7 +362,7 @@ async def _api_error(request: HttpRequest, error: Exception) -> Response:
 
 async def _http_error(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    what = f"{request.method} {request.url.path}: {error.detail}"
+    what = f"{request.method} {request.scope['path'][:MOST_NAME]}: {error.detail}"
     return JSONResponse(ApiError(what, status=error.status_code).body, error.status_code, headers=error.headers)
 
 

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 
 from tests.checkpoint.tiny import make_checkpoint
-from tests.security.commands import run
+from tests.security.commands import edit_json, run
 from zconvert.checkpoint.graft import convert_init
+from zconvert.checkpoint.measured import measured_section
 from zconvert.checkpoint.source import resolve
+from zconvert.errors import UserError
+from zconvert.planning.acceptance import find_curve
 
 ODD = (-1, 0, 1, 3, 7, 10**9, 10**30, "a", None, 0.5, True, [], {})
 
@@ -40,6 +43,52 @@ def test_no_value_ends_in_an_unexpected_error(family: str, tmp_path: Path) -> No
             assert "Unexpected error" not in result.output, (place, odd, result.output)
             written += result.exit_code == 0
     assert written > 50  # many values are only remarks
+
+
+@pytest.mark.parametrize(
+    ("command", "members"),
+    [
+        ("inspect", {"model_type": []}),
+        ("inspect", {"model_type": {}}),
+        ("plan", {"head_dim": 0}),
+        ("plan", {"num_attention_heads": -1}),
+        ("plan", {"num_attention_heads": 10**30}),
+        ("plan", {"num_experts_per_tok": 10**9}),
+        ("plan", {"router_hidden_size": "a"}),
+        ("plan", {"v_head_dim": 10**400}),
+    ],
+)
+def test_what_no_model_has_ends_neither_inspect_nor_plan(command: str, members: dict[str, Any], tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "source", "zaya")
+    edit_json(folder / "config.json", **members)
+    result = run(command, folder)
+    assert result.exit_code in (0, 1), result.output
+    assert "Unexpected error" not in result.output
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("[" * 100_000, "7", "[]", "{}", '{"slot_accuracy": 7}', '{"slot_accuracy": [1]}'),
+        *('{"slot_accuracy": [1, "a"]}', '{"slot_accuracy": [1, NaN]}', '{"slot_accuracy": [1, 1e999]}'),
+        *('{"slot_accuracy": [1, -1]}', json.dumps({"slot_accuracy": [1] * 100_000})),
+    ],
+)
+def test_a_runs_figures_that_no_run_logs_are_refused(line: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=r"slot_accuracy|no acceptance curve"):
+        find_curve(str(tmp_path), 4)
+
+
+@pytest.mark.parametrize("odd", [10**400, 1e400, float("nan"), "a|b\n# evil", [], {}, None, True])
+def test_a_card_tells_of_figures_only(odd: Any) -> None:
+    speed = {"name": odd, "tokens_per_second": 3.0, "tokens_per_forward": odd, "speedup": odd, "batch_size": odd}
+    column = {"pass@1": 0.5, "pass@4": odd, "pass@" + "9" * 5000: 0.5, "interval": {"pass@1": [odd, odd]}}
+    text = measured_section(
+        {"results": [speed], "device": odd}, {"n": odd, "tasks": {"gsm8k": {"columns": {"ar": column}}}}
+    )
+    assert "50.0%" in text
+    assert "\n# evil" not in text
 
 
 def _values(section: dict[str, Any], place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -298,6 +298,19 @@ def test_a_tokenizer_that_makes_a_word_into_a_terabyte_is_refused(
         load_tokenizer(resolve(converted))
 
 
+@pytest.mark.parametrize("name", ["../tokenizer.5.0.0.json", "/dev/tokenizer.5.0.0.json", "tokenizer.5.0.0.json"])
+def test_no_other_tokenizer_is_loaded_than_the_one_that_is_looked_at(
+    converted: Path, tmp_path: Path, name: str
+) -> None:
+    shutil.copy(converted / "tokenizer.json", tmp_path / "tokenizer.5.0.0.json")
+    edit_json(converted / "tokenizer_config.json", fast_tokenizer_files=[name])
+    assert "has another file than tokenizer.json loaded" in refused("generate", converted, "a")
+    with pytest.raises(UserError, match="another file than"):
+        load_tokenizer(resolve(converted))
+    edit_json(converted / "tokenizer_config.json", fast_tokenizer_files=["tokenizer.json"])
+    load_tokenizer(resolve(converted))
+
+
 def test_a_tokenizers_own_padding_is_not_done(converted: Path) -> None:
     padding = {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None}
     padding |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>"}

@@ -118,7 +118,7 @@ def router_of(config: dict[str, Any]) -> dict[str, Any] | None:
     feed_forward = config.get("ffn_config")
     config = {**feed_forward, **config} if isinstance(feed_forward, dict) else config
     said = next((config[key] for key in ("scoring_func", "score_func", "expert_selection_fn") if config.get(key)), None)
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     known = "sigmoid" if model_type in _SIGMOID else "softmax" if model_type in _SOFTMAX else None
     return {
         "scoring": str(said) if said else known,

@@ -181,7 +181,8 @@ def write_file(path: Path, content: str | bytes) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with partial.open("wb") as file:
+            partial.unlink(missing_ok=True)  # of a killed process; or a link, through which nothing is to be written
+            with partial.open("xb") as file:
                 file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())

@@ -55,7 +55,8 @@ def _take(path: Path, out: Path) -> int | None:
     except ImportError:  # not a Unix system
         return None
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # for writing, which locks over NFS ask for
+        # For writing, which locks over NFS ask for; never through a link, whose target would be signed.
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Who held it may have removed the file between the two: then this lock is on a file that nobody finds.

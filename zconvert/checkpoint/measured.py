@@ -15,6 +15,10 @@ _SPEED = (
 _CONDITIONS = ("device", "device_name", "threads", "dtype", "batch_size", "prompts", "n", "temperature")
 _PASS = "pass@"
 _MISSING = "not measured"
+_MOST = 1e15
+"""more is no figure, nor is NaN"""
+_LONGEST = 200
+"""characters of a name"""
 
 
 def measured_section(results: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None) -> str:
@@ -99,7 +103,7 @@ def _mappings(value: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _is_share(column: Mapping[str, Any], key: str) -> bool:
-    return key.startswith(_PASS) and key[len(_PASS) :].isdecimal() and _number(column, key)
+    return key.startswith(_PASS) and len(key) < _LONGEST and key[len(_PASS) :].isdecimal() and _number(column, key)
 
 
 def _k(key: str) -> int:
@@ -127,7 +131,7 @@ def _head(first: str, titles: list[str]) -> list[str]:
 
 
 def _row(first: object, cells: list[str]) -> str:
-    return f"| {first} | " + " | ".join(cells) + " |"
+    return f"| {_plain(first)} | " + " | ".join(cells) + " |"
 
 
 def _facts(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,7 +141,14 @@ def _facts(document: Mapping[str, Any]) -> dict[str, Any]:
 def _measured_with(facts: Mapping[str, Any]) -> list[str]:
     if not facts:
         return []
-    return ["\nMeasured with " + ", ".join(f"{key} {value}".replace("_", " ") for key, value in facts.items()) + "."]
+    return [
+        "\nMeasured with " + ", ".join(_plain(f"{key} {value}".replace("_", " ")) for key, value in facts.items()) + "."
+    ]
+
+
+def _plain(text: object) -> str:
+    """On one line and in one cell, whatever a file says."""
+    return " ".join(str(text)[:_LONGEST].split()).replace("|", "\\|")
 
 
 def _number(entry: Mapping[str, Any], key: str) -> bool:
@@ -145,4 +156,4 @@ def _number(entry: Mapping[str, Any], key: str) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _MOST

@@ -12,6 +12,8 @@ from zconvert.recipe.task import AnswerSection, CheckSection
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+")
 _FENCE = re.compile(r"^[ \t]*```([^\n`]*)$", re.MULTILINE)
 _LONGEST_LOOP = 200
+_LONGEST_EXPONENT = 5
+"""characters; all digits of a number are written out, and those of 1e999999999 fill the memory"""
 
 
 def extract(text: str, section: AnswerSection) -> str | None:
@@ -54,13 +56,15 @@ def _code(text: str) -> str:
 
 def _boxed(text: str) -> str | None:
     """Within the braces of the last `\\boxed{…}` that is closed."""
-    for start in reversed([match.end() for match in re.finditer(r"\\f?boxed\s*\{", text)]):
-        depth = 1
-        for place in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[place], 0)
-            if depth == 0:
-                return text[start:place].strip()
-    return None
+    starts = {match.end() for match in re.finditer(r"\\f?boxed\s*\{", text)}
+    opened: list[int] = []
+    last: tuple[int, int] | None = None
+    for brace in re.finditer(r"[{}]", text):  # once: texts that open thousands are of models that run in circles
+        if brace[0] == "{":
+            opened.append(brace.end())
+        elif opened and (start := opened.pop()) in starts:
+            last = max(last or (0, 0), (start, brace.start()))
+    return None if last is None else text[last[0] : last[1]].strip()
 
 
 def _choice(text: str, letters: str) -> str | None:
@@ -108,6 +112,8 @@ def _number(text: str) -> Fraction | None:
     (Fraction(2501, 2), Fraction(3, 4), None)
     """
     plain = text.strip().strip("$€£%").rstrip(".").replace(",", "").replace(" ", "").replace("\\!", "")
+    if len(plain.lower().partition("e")[2]) > _LONGEST_EXPONENT:
+        return None
     try:
         return Fraction(plain)
     except (ValueError, ZeroDivisionError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import difflib
 import hashlib
+import itertools
 import json
 import pickletools
 import re
@@ -24,6 +25,8 @@ from zconvert.recipe.loading import load_checked
 FOLDER = Path(__file__).with_name("tasks")
 _MOST_UNPACKED = 2**29
 """bytes; the largest tests of LiveCodeBench have a quarter of it"""
+_MOST_OPERATIONS = 10
+"""of a pickle that is one string; there is room for hundreds of millions"""
 _STRING_OPERATIONS = ("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8")
 _EMPTY_OPERATIONS = ("PROTO", "FRAME", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "STOP")
 _ROW = "one JSON object a line"
@@ -287,9 +290,11 @@ def _packed(text: str) -> Any:
     """
     try:
         pickled = zlib.decompressobj().decompress(base64.b64decode(text), _MOST_UNPACKED)  # cut off, it has no end
-        operations = [(operation.name, value) for operation, value, _ in pickletools.genops(pickled)]
+        first = itertools.islice(pickletools.genops(pickled), _MOST_OPERATIONS)
+        operations = [(operation.name, value) for operation, value, _ in first]
     except (ValueError, zlib.error):
         return None
     strings = [value for name, value in operations if name in _STRING_OPERATIONS]
     names = {name for name, _ in operations} - {*_STRING_OPERATIONS, *_EMPTY_OPERATIONS}
-    return _from_json(str(strings[0])) if len(strings) == 1 and not names else None
+    whole = operations[-1][0] == "STOP"
+    return _from_json(str(strings[0])) if whole and len(strings) == 1 and not names else None

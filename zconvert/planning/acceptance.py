@@ -20,6 +20,7 @@ from pathlib import Path
 
 from zconvert.checkpoint.run_folder import METRICS_FILE
 from zconvert.errors import UserError
+from zconvert.tidar.settings import MAX_BLOCK_SIZE
 
 PUBLISHED = {
     "tidar-1.5b": (7.45, "TiDAR 1.5B (arXiv 2511.08923)"),
@@ -108,21 +109,24 @@ def find_curve(text: str, block_size: int) -> Curve:
     path = path / METRICS_FILE if path.is_dir() else path
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"--accepted {text} is no acceptance curve",
             found=error.strerror if isinstance(error, OSError) else error,
             expected=f"a number, one of {', '.join(PUBLISHED)}, or a run's folder",
             fix="choose one of these",
         ) from None
-    measured = next((row["slot_accuracy"] for row in reversed(rows) if row.get("slot_accuracy")), None)
-    if not isinstance(measured, list) or len(measured) < 2:
+    told = (row.get("slot_accuracy") for row in reversed(rows) if isinstance(row, dict))
+    measured = next(filter(None, told), None)
+    slots = measured[1:] if isinstance(measured, list) else []
+    if not 1 <= len(slots) < MAX_BLOCK_SIZE or not all(type(rate) in (int, float) and 0 <= rate <= 1 for rate in slots):
         raise UserError(
             f"{path} has no slot_accuracy",
-            expected="metrics.jsonl of a training run",
+            found=None if measured is None else f"{measured!r:.100}",
+            expected="metrics.jsonl of a training run, with a share for each slot of a block",
             fix="give the folder of a run that has logged a step",
         )
-    return Curve((1.0, *map(float, measured[1:])), f"slot accuracy of {path}")
+    return Curve((1.0, *map(float, slots)), f"slot accuracy of {path}")
 
 
 @lru_cache(maxsize=4096)

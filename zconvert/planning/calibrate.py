@@ -376,7 +376,7 @@ def against_bench(facts: ModelFacts, calibrated: Calibrated, bench: dict[str, An
                 row["speedup_error"] = row["predicted_speedup"] / row["measured_speedup"] - 1
             rows.append(row)
         return rows
-    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
         raise UserError(
             "this is no document of `zconvert bench --json`",
             found=f"nothing under {error}",

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from zconvert.checkpoint.anatomy import attention_of, cache_of, experts_of, layers_of
+from zconvert.checkpoint.anatomy import attention_of, cache_of, experts_of, layers_of, whole
 from zconvert.checkpoint.headers import Headers, TensorInfo
 from zconvert.checkpoint.parameters import (
     INPUT_EMBEDDINGS,
@@ -191,12 +191,19 @@ def facts_from_headers(headers: Headers, config: dict[str, Any], name: str) -> M
         num = 0
     latent = attention["kind"] == "mla"
     heads, head_dim = attention["heads"] or 0, attention["head_dim"] or 0
-    said = inner.get("v_head_dim")
-    value_dim = said if isinstance(said, int) else head_dim
+    said = whole(inner, "v_head_dim")
     # With latent attention a decoder multiplies queries by the cached latents themselves.
-    width = (
-        (inner.get("kv_lora_rank") or 0) * 2 + (inner.get("qk_rope_head_dim") or 0) if latent else head_dim + value_dim
-    )
+    width = head_dim + (head_dim if said is None else said)
+    if latent:
+        width = (whole(inner, "kv_lora_rank") or 0) * 2 + (whole(inner, "qk_rope_head_dim") or 0)
+    per_token = (experts.get("per_token") or 0) if num else 0
+    if not heads * width or per_token > num:
+        raise UserError(
+            f"{name}: the sizes in config.json are those of no model",
+            found=f"{heads} attention heads of width {head_dim}, {per_token} of {num} experts a token",
+            expected="heads with a width, and no more experts a token than there are",
+            fix="compare config.json with the original, or download the checkpoint again",
+        )
     caches = [
         Cache(entry["layers"], entry["window"], entry["width"])
         for entry in cache_of(inner) or ()
@@ -214,7 +221,7 @@ def facts_from_headers(headers: Headers, config: dict[str, Any], name: str) -> M
         vocabulary=rows,
         tied=is_tied(headers, config),
         experts=num,
-        experts_per_token=(experts.get("per_token") or 0) if num else 0,
+        experts_per_token=per_token,
         expert_parameters=routed // (sparse * num) if sparse and num else 0,
         shared_parameters=shared,
         largest_layer=max(by_layer.values(), default=0),
@@ -223,7 +230,7 @@ def facts_from_headers(headers: Headers, config: dict[str, Any], name: str) -> M
         keys=(attention["kv_heads"] or 0) * head_dim,
         score_width=heads * width,
         qk_norm=sides["qk_norm"] > 0,
-        carried=(inner.get("router_hidden_size") or 0) if attention["kind"] == "cca" else 0,
+        carried=(whole(inner, "router_hidden_size") or 0) if attention["kind"] == "cca" else 0,
         caches=tuple(caches),
         stored_bytes=sum(tensor.bytes for tensor in headers.tensors.values()),
         projections=tuple(projections),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import platform
 import time
 from bisect import bisect_left
@@ -20,7 +21,9 @@ import torch
 import transformers
 
 from zconvert import __version__
-from zconvert.checkpoint.folder import TUNING_FILE
+from zconvert.checkpoint.folder import TUNING_FILE, write_file
+from zconvert.checkpoint.json_patch import read_json
+from zconvert.errors import UserError
 from zconvert.serving.hindsight import Outcome, Scored, replay
 from zconvert.tidar.acceptance import Drafts, Sampling, make_drafts, verify
 from zconvert.tidar.cache import TidarCache
@@ -32,6 +35,7 @@ from zconvert.tidar.settings import TidarSettings
 CONTEXT = 256  # tokens in the cache of the forwards that are timed
 _REPEATS = 5  # rounds; the least time counts, as other work only ever adds
 _KEPT = 16  # scored texts
+_LEAST = 1e-9  # seconds
 
 OnProgress = Callable[[int, int], None]
 """told after each round: rounds done, rounds in all"""
@@ -49,7 +53,8 @@ class Times:
     def of(self, rows: int, tokens: float) -> float:
         """Seconds of a forward of `rows` rows of `tokens` tokens each."""
         sizes = sorted(self.seconds)
-        return _between(sizes, [_between(*_columns(self.seconds[size]), tokens) for size in sizes], rows)
+        line = _between(sizes, [_between(*_columns(self.seconds[size]), tokens) for size in sizes], rows)
+        return max(line, _LEAST)  # beyond what was measured it may have gone down
 
 
 def measure(
@@ -139,13 +144,8 @@ class Known:
         document = _read(self.file)
         forwards = {**document["forwards"], self.times.machine: self.times.seconds}
         told = {"forwards": forwards, "block_size": _width(self.texts), "texts": [text.runs for text in self.texts]}
-        partial = self.file.with_name(f".{TUNING_FILE}.partial")
-        try:
-            partial.write_text(json.dumps(told) + "\n", encoding="utf-8")
-            partial.replace(self.file)
-        except OSError:  # somebody else's folder: then all is found out each time
-            with contextlib.suppress(OSError):
-                partial.unlink()
+        with contextlib.suppress(UserError):  # somebody else's folder: then all is found out each time
+            write_file(self.file, json.dumps(told) + "\n")
 
 
 def known_of(
@@ -180,17 +180,19 @@ def known_of(
 def _read(file: Path | None) -> dict[str, Any]:
     """The file's parts, all of them empty where it is missing, broken or not ours."""
     empty: dict[str, Any] = {"forwards": {}, "block_size": 0, "texts": []}
-    if file is None or not file.exists():
+    if file is None:
         return empty
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = read_json(file)
         forwards = {
             str(machine): {int(rows): {int(n): float(s) for n, s in row.items()} for rows, row in table.items()}
             for machine, table in document["forwards"].items()
         }
         width = int(document["block_size"])
         texts = [[[int(run) for run in runs] for runs in text] for text in document["texts"]]
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+    except (UserError, ValueError, OverflowError, AttributeError, KeyError, TypeError):
+        return empty
+    if not all(map(_are_times, forwards.values())):
         return empty
     # A run that reached past its block or its text would lead a replay astray.
     sound = all(
@@ -199,6 +201,10 @@ def _read(file: Path | None) -> dict[str, Any]:
         for at, runs in enumerate(text)
     )
     return {"forwards": forwards, "block_size": width, "texts": texts} if sound else {**empty, "forwards": forwards}
+
+
+def _are_times(table: dict[int, dict[int, float]]) -> bool:
+    return all(row and rows > 0 and all(0 < s < math.inf for s in row.values()) for rows, row in table.items())
 
 
 def _width(texts: Sequence[Scored]) -> int:

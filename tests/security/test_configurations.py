@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.checkpoint.tiny import make_checkpoint
-from tests.security.commands import edit_json, run
+from tests.security.commands import edit_json, refused, run
 from zconvert.checkpoint.graft import convert_init
 from zconvert.checkpoint.measured import measured_section
 from zconvert.checkpoint.source import resolve
@@ -64,6 +64,35 @@ def test_what_no_model_has_ends_neither_inspect_nor_plan(command: str, members: 
     result = run(command, folder)
     assert result.exit_code in (0, 1), result.output
     assert "Unexpected error" not in result.output
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("odd")
+    convert_init(resolve(make_checkpoint(folder / "source", "mixtral")), folder / "converted", block_size=4)
+    return folder / "converted"
+
+
+@pytest.mark.parametrize(
+    ("name", "members"),
+    [
+        *(("config.json", {"tidar": {"stages": odd}}) for odd in (-1, "a", [[]], ["a", 1], float("nan"))),
+        *(("config.json", {"tidar": {key: odd}}) for key in ("base_model", "base_revision") for odd in (1e999, [], 7)),
+        *(("config.json", {"tidar": {"block_size": odd}}) for odd in (10**9, True, 1.5)),
+        *(("config.json", {"tidar": {"proposals": odd}}) for odd in ([10**9], list(range(10**5)), ["a"], 7)),
+        *(("generation_config.json", {"eos_token_id": odd}) for odd in (10**30, 1e308, "a", {}, ["a", 1])),
+        *(("tokenizer_config.json", {"model_max_length": odd}) for odd in ("a", [], {})),
+    ],
+)
+def test_what_says_how_a_text_is_made_is_checked_before_one_is(converted: Path, name: str, members: Any) -> None:
+    before = (converted / name).read_text()
+    if "tidar" in members:
+        members = {"tidar": {**json.loads(before)["tidar"], **members["tidar"]}}
+    edit_json(converted / name, **members)
+    try:
+        refused("generate", converted, "tall", "--max-new-tokens", 3)
+    finally:
+        (converted / name).write_text(before)
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,9 @@ def _tokenizer(source: Source) -> Any:
 
     with _quiet():
         try:
-            return AutoTokenizer.from_pretrained(source.folder, **_LOCAL)
+            tokenizer = AutoTokenizer.from_pretrained(source.folder, **_LOCAL)
+            tokenizer("a b")  # some settings that no text goes through show here first
+            return tokenizer
         except Exception as error:  # the tokenizers library raises bare Exceptions
             raise _unloadable(source, "tokenizer", error) from error
 
@@ -133,10 +135,23 @@ def prompt_ids(tokenizer: Any, text: str, *, add_bos: bool = True) -> list[int]:
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end a text: those of the generation config and the tokenizer's own EOS."""
+    """Tokens that end a text: those of the generation config and the tokenizer's own EOS.
+
+    Raises:
+        UserError: the generation config has no ids there.
+    """
     from zconvert.tidar.generate import token_ids
 
-    return token_ids(model.generation_config.eos_token_id) | token_ids(tokenizer.eos_token_id)
+    said = model.generation_config.eos_token_id
+    try:
+        return token_ids(said) | token_ids(tokenizer.eos_token_id)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise UserError(
+            "eos_token_id of generation_config.json is no token",
+            found=f"{said!r:.100}",
+            expected="an id, or a list of ids",
+            fix="correct it, or download or copy the checkpoint again",
+        ) from error
 
 
 def model_class(source: Source) -> Any:

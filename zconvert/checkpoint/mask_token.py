@@ -71,11 +71,11 @@ def read_vocabulary(folder: Path) -> Vocabulary:
             fix="copy the tokenizer's files into the folder; for older ones "
             f"AutoTokenizer.from_pretrained(SOURCE).save_pretrained(DIR) writes {TOKENIZER_FILE}",
         )
-    others = read_json(folder / "tokenizer_config.json").get("fast_tokenizer_files")
-    if others not in (None, [], [TOKENIZER_FILE]):
+    loaded = read_json(folder / "tokenizer_config.json").get("fast_tokenizer_files")
+    if loaded not in (None, [], [TOKENIZER_FILE]):
         raise UserError(
             f"{folder / 'tokenizer_config.json'} has another file than {TOKENIZER_FILE} loaded",
-            found=f"fast_tokenizer_files: {others!r:.100}",
+            found=f"fast_tokenizer_files: {loaded!r:.100}",
             expected=f"{TOKENIZER_FILE} alone, which is what was looked at",
             fix="take fast_tokenizer_files out, if you trust the checkpoint",
         )

@@ -114,6 +114,11 @@ class TidarSettings:
             value = getattr(self, name)
             if not isinstance(value, kinds) or isinstance(value, bool):
                 raise ValueError(f"tidar.{name} is {value!r}, expected {'a whole number' if kinds is int else 'text'}")
+        for name in ("base_model", "base_revision"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise ValueError(f"tidar.{name} is {value!r}, expected text")
+        if not isinstance(self.stages, tuple) or not all(isinstance(stage, str) for stage in self.stages):
+            raise ValueError(f"tidar.stages is {self.stages!r}, expected a list of names")
         if self.proposals is not None and not isinstance(self.proposals, tuple):
             raise ValueError(f"tidar.proposals is {self.proposals!r}, expected a list of accepted counts")
         if self.proposals is not None and not all(type(count) is int for count in self.proposals):

@@ -113,7 +113,7 @@ def _tokenizer(source: Source) -> Any:
     with _quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(source.folder, **_LOCAL)
-            tokenizer("a b")  # some settings that no text goes through show here first
+            tokenizer("a b", add_special_tokens=False)  # some settings that no text goes through show here first
             return tokenizer
         except Exception as error:  # the tokenizers library raises bare Exceptions
             raise _unloadable(source, "tokenizer", error) from error

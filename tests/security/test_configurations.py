@@ -50,6 +50,8 @@ def test_no_value_ends_in_an_unexpected_error(family: str, tmp_path: Path) -> No
     [
         ("inspect", {"model_type": []}),
         ("inspect", {"model_type": {}}),
+        *(("inspect", {"rope_parameters": {"hybrid": {"rope_theta": odd}}}) for odd in (10**400, 1e308, 1e999)),
+        *(("inspect", {key: 10**400}) for key in ("router_aux_loss_coef", "routed_scaling_factor")),
         ("plan", {"head_dim": 0}),
         ("plan", {"num_attention_heads": -1}),
         ("plan", {"num_attention_heads": 10**30}),

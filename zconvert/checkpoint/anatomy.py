@@ -6,7 +6,6 @@ model's configuration (`language_config`) and returns None where nothing is said
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from typing import Any
 
@@ -239,7 +238,7 @@ def whole(config: dict[str, Any], *keys: str) -> int | None:
 
 def _number(config: dict[str, Any], *keys: str) -> float | None:
     numbers = (config[key] for key in keys if type(config.get(key)) in (int, float))
-    return next((number for number in numbers if math.isfinite(number)), None)
+    return next((number for number in numbers if abs(number) < _TOO_MANY), None)  # nor NaN
 
 
 def _without_zeros(counts: dict[str, int]) -> dict[str, int]:

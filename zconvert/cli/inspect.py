@@ -219,7 +219,7 @@ def _rope(rope: dict[str, Any]) -> str:
 def _rope_line(rope: dict[str, Any]) -> str:
     theta = rope.get("rope_theta")
     parts = [str(rope.get("rope_type") or rope.get("type") or "default")]
-    parts += [f"base {theta:,.0f}"] if isinstance(theta, int | float) else []
+    parts += [f"base {theta:,.0f}"] if isinstance(theta, int | float) and abs(theta) < 1e30 else []
     parts += [f"{key} {rope[key]}" for key in ("factor", "partial_rotary_factor") if key in rope]
     return ", ".join(parts).replace("partial_rotary_factor", "partial rotary factor")
 

@@ -15,7 +15,7 @@ from tests.faults.commands import Base
 from zconvert.checkpoint.folder import TUNING_FILE, companions, write_file
 from zconvert.errors import UserError
 from zconvert.evaluation.samples import append, open_to_append, read_lines
-from zconvert.serving.batch import Row, rows_done
+from zconvert.serving.prompts import Row, rows_done
 from zconvert.serving.timing import Known, Times
 from zconvert.training.parallel import Parallel
 from zconvert.training.pipeline import fingerprint

@@ -75,6 +75,7 @@ def test_missing_facts_are_told_with_their_unit(tmp_path: Path) -> None:
     assert "bandwidth_gb_s is missing (reading its memory, GB/s)" in str(raised.value.found)
 
 
-def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"mine\.yaml"):
+def test_a_file_that_is_not_there_is_told_and_not_called_a_recipe(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no machine file .*mine\.yaml") as raised:
         find_machine(str(tmp_path / "mine.yaml"))
+    assert "docs/planning.md" in str(raised.value.fix)

@@ -12,7 +12,8 @@ from tests.serving.endpoint import Model
 from zconvert.checkpoint.load import prompt_ids
 from zconvert.data.chat import asking_ids
 from zconvert.errors import UserError
-from zconvert.serving.batch import Settings, read_rows, rows_done, write_texts
+from zconvert.serving.batch import Settings, write_texts
+from zconvert.serving.prompts import read_rows, rows_done
 from zconvert.tidar.engine import Engine
 
 PROMPTS: list[dict[str, Any]] = [

@@ -216,7 +216,7 @@ def _local(folder: Path) -> Source:
         raise UserError(
             f"{folder} is a file",
             expected="a checkpoint's folder, with config.json and *.safetensors",
-            fix=f"give the folder: {folder.parent}",
+            fix=f"give the folder: {folder.parent}" if (folder.parent / CONFIG_FILE).exists() else "give such a folder",
         )
     checkpoint = folder / RUN_CHECKPOINT
     if not (folder / CONFIG_FILE).exists():

@@ -132,7 +132,7 @@ def command(
     """
     options.require_fixed(mode or [], compiled)
     sets = [options.accepted_counts(each, block_size) for each in dict.fromkeys(proposals or [])] or [None]
-    from zconvert.serving.batch import Row, read_rows, row_ids
+    from zconvert.serving.prompts import Row, read_rows
 
     if prompts is None:
         rows = [Row(line=number, prompt=text) for number, text in enumerate(BUILT_IN_PROMPTS, 1)]
@@ -158,6 +158,7 @@ def command(
     from zconvert.checkpoint.load import end_token_ids
     from zconvert.evaluation.bench import bench, points
     from zconvert.evaluation.bench_plot import draw
+    from zconvert.serving.batch import row_ids
     from zconvert.serving.timing import known_of
     from zconvert.tidar.generate import layout_model_of
     from zconvert.tidar.model import LayoutModel

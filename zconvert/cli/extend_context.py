@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from zconvert.cli.launch import TorchrunOptions, launch, speaks
-from zconvert.cli.training import RecipeFile, print_made, run_shown
+from zconvert.cli.launch import TorchrunOptions, speaks
+from zconvert.cli.training import RecipeFile, print_made, run
 from zconvert.cli.ui import err, show_table
 
 
@@ -21,9 +21,7 @@ def command(recipe: RecipeFile, torchrun: TorchrunOptions = None) -> None:
     from zconvert.recipe import ExtendContextRecipe, load_recipe
 
     settings = load_recipe(recipe, ExtendContextRecipe)
-    if torchrun:
-        launch([settings.stage, str(recipe)], torchrun)
-    folder = run_shown(settings)
+    folder = run(settings, recipe, torchrun)
     if speaks():
         show_context(Path(settings.output_dir))
     print_made(settings, folder)

@@ -99,7 +99,15 @@ def command(
     options.require_fixed([mode], compiled)
     if stop and "" in stop:
         raise typer.BadParameter("it is empty: no text comes before it", param_hint="--stop")
+    rows, done = [], set[int]()
+    if prompts is not None:
+        from zconvert.serving.prompts import read_rows, rows_done
+
+        rows = read_rows(prompts)
     settings = require_converted(source := resolve(checkpoint, revision=revision, token=token))
+    if output is not None:
+        ctx.with_resource(own_file(output))
+        done = rows_done(output, rows)
     if text is None and prompts is None and not chat:
         text = _read_stdin()
     with err.status(Text(f"Loading {checkpoint} …")) as status:
@@ -117,17 +125,13 @@ def command(
             repetition_penalty=repetition_penalty,
         )
         from zconvert.cli.chat import Chat, require_template
-        from zconvert.serving.batch import Settings, read_rows, rows_done, write_texts
+        from zconvert.serving.batch import Settings, write_texts
         from zconvert.serving.text import GrowingText
         from zconvert.tidar.decoding import Request
         from zconvert.tidar.generate import layout_model_of
 
         if chat:
             require_template(load_tokenizer(source))
-        rows = [] if prompts is None else read_rows(prompts)
-        if output is not None:
-            ctx.with_resource(own_file(output))
-        done = set() if output is None else rows_done(output, rows)
         model, tokenizer = load_model(source, dtype=str(dtype), device=str(device))
         plan = replace(plan, eos_token_ids=end_token_ids(model, tokenizer))
         layout_model, at_once = layout_model_of(model), 1 if output is None else batch_size

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from zconvert.cli.launch import TorchrunOptions, launch
-from zconvert.cli.training import RecipeFile, run
+from zconvert.cli.launch import TorchrunOptions
+from zconvert.cli.training import RecipeFile, print_made, run
 
 
 def command(recipe: RecipeFile, torchrun: TorchrunOptions = None) -> None:
@@ -15,6 +15,4 @@ def command(recipe: RecipeFile, torchrun: TorchrunOptions = None) -> None:
     from zconvert.recipe import MidtrainRecipe, load_recipe
 
     settings = load_recipe(recipe, MidtrainRecipe)
-    if torchrun:
-        launch([settings.stage, str(recipe)], torchrun)
-    run(settings)
+    print_made(settings, run(settings, recipe, torchrun))

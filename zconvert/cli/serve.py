@@ -60,6 +60,10 @@ def command(
     Requests may name a sampler of their own (lossless, mixed). /health and /metrics (Prometheus) tell how it is.
     With ZCONVERT_API_KEY in the environment, clients must send that key as their API key.
     """
+    options.require_fixed([mode], compiled)
+    counts = options.accepted_counts(proposals, block_size)
+    # A mistake is told before what takes seconds to import, and what is not installed before weights are fetched.
+    require_converted(resolve(checkpoint, revision=revision, token=token, weights=False))
     try:
         from zconvert.serving.run import Server, bound
     except ImportError as error:
@@ -69,14 +73,11 @@ def command(
             fix="pip install 'zconvert[serve]'",
         ) from error
 
-    options.require_fixed([mode], compiled)
     settings = require_converted(source := resolve(checkpoint, revision=revision, token=token))
     api_key = os.environ.get(API_KEY) or None
     guarded = api_key is not None or _is_loopback(host)
     with bound(host, port) as address, err.status(Text(f"Loading {checkpoint} …")) as status:
-        plan = options.plan(
-            settings, sampler, mix_weight, mode, options.accepted_counts(proposals, block_size), block_size
-        )
+        plan = options.plan(settings, sampler, mix_weight, mode, counts, block_size)
         from zconvert.checkpoint.load import end_token_ids, load_model
         from zconvert.serving.encoding import Served
         from zconvert.serving.server import Limits, Service

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from zconvert.cli.launch import TorchrunOptions, launch
-from zconvert.cli.training import RecipeFile, run
+from zconvert.cli.launch import TorchrunOptions
+from zconvert.cli.training import RecipeFile, print_made, run
 from zconvert.cli.ui import err, out
 
 if TYPE_CHECKING:
@@ -33,9 +33,7 @@ def command(
     if show_example:
         _show(settings)
         return
-    if torchrun:
-        launch([settings.stage, str(recipe)], torchrun)
-    run(settings)
+    print_made(settings, run(settings, recipe, torchrun))
 
 
 def _show(settings: SftRecipe) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zconvert.cli import ui
-from zconvert.cli.evaluate import AllowCodeExec, progress_bars, task_names
+from zconvert.cli.evaluate import progress_bars, task_names
 from zconvert.cli.help import Command, Group, examples
 from zconvert.errors import UserError
 
@@ -70,7 +70,10 @@ def show_task(name: Name) -> None:
 def check_task(
     name: Name,
     limit: Annotated[int | None, typer.Option(min=1, help="Take only the first N problems.")] = None,
-    allow_code_exec: AllowCodeExec = False,
+    allow_code_exec: Annotated[
+        bool,
+        typer.Option("--allow-code-exec", help="Run the rows' own programs, in a sandbox, to score a task in code."),
+    ] = False,
 ) -> None:
     """Read a task's rows, show its first prompt, and score the right answers that the rows have."""
     from zconvert.evaluation.scoring import check_solutions, require_scorable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import time
@@ -15,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from zconvert.cli.launch import leave_at_once, speaks, under_torchrun
+from zconvert.cli.launch import launch, leave_at_once, speaks, under_torchrun
 from zconvert.cli.ui import EXIT_ERROR, err, out
 from zconvert.errors import UserError
 
@@ -32,9 +33,18 @@ RecipeFile = Annotated[
 ]
 
 
-def run(settings: TrainingRecipe) -> None:
-    """Runs the stage of a recipe, and prints the new checkpoint's folder."""
-    print_made(settings, run_shown(settings))
+def run(settings: TrainingRecipe, recipe: Path, torchrun: list[str] | None) -> Path:
+    """Runs a recipe's stage, here or in the processes that torchrun's options ask for; the new checkpoint's folder.
+
+    Mistakes that need no torch to be seen are told before it is loaded, and before processes are started.
+    """
+    from zconvert.training.inputs import check_inputs
+
+    if "WORLD_SIZE" not in os.environ:
+        check_inputs(settings)
+    if torchrun:
+        launch([settings.stage, str(recipe)], torchrun)
+    return run_shown(settings)
 
 
 def print_made(settings: TrainingRecipe, checkpoint: Path) -> None:

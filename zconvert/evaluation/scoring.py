@@ -32,7 +32,7 @@ def require_scorable(tasks: list[Task], *, allow_code_exec: bool) -> None:
     if code and not allow_code_exec:
         raise UserError(
             f"the task {code[0]} is scored by running programs that the model wrote",
-            found="no leave to do so",
+            found="no --allow-code-exec",
             fix="--allow-code-exec, after reading docs/evaluation.md; or --no-score, to make the samples alone",
         )
     if code:

@@ -94,7 +94,7 @@ def load_task(argument: str) -> Task:
             expected=f"{', '.join(names())}, or a .yaml file",
             fix=f"did you mean {near[0]}?" if near else "see `zconvert tasks list`",
         )
-    recipe = load_checked(path, TaskRecipe, kind="task", fix="correct these; `zconvert tasks show gsm8k` is an example")
+    recipe = load_checked(path, TaskRecipe, kind="task", example="`zconvert tasks show gsm8k` is an example")
     if rows:
         dataset = recipe.dataset.model_copy(update={"path": rows})
         recipe = recipe.model_copy(update={"dataset": dataset})

@@ -192,7 +192,7 @@ def find_machine(text: str) -> Machine:
         return MACHINES[name]
     if name.endswith((".yaml", ".yml")):
         return load_checked(
-            Path(text), Machine, kind="machine", fix="correct these; docs/planning.md lists the facts of a machine"
+            Path(text), Machine, kind="machine file", example="docs/planning.md lists the facts of a machine"
         )
     within = [known for known in MACHINES if name.replace("-", "") in known.replace("-", "")]
     if len(within) == 1:

@@ -58,8 +58,8 @@ def load_recipe(path: Path, model_class: type[RecipeT]) -> RecipeT:
 
 
 def _load(path: Path, model_class: type[RecipeT]) -> RecipeT:
-    fix = "correct these; `zconvert recipes copy` gives a commented example of each stage"
-    return load_checked(path, model_class, kind=f"{model_class.stage} recipe", fix=fix, stage=model_class.stage)
+    kind, example = f"{model_class.stage} recipe", "`zconvert recipes copy` gives a commented example of each stage"
+    return load_checked(path, model_class, kind=kind, example=example, stage=model_class.stage)
 
 
 def _is_valid(path: Path, model_class: type[RecipeFile]) -> bool:
@@ -93,20 +93,22 @@ def load_stages(path: Path) -> list[Recipe]:
     return [recipe for _, recipe in load_pipeline(path)]
 
 
-def load_checked(path: Path, model_class: type[SectionT], *, kind: str, fix: str, stage: str | None = None) -> SectionT:
+def load_checked(
+    path: Path, model_class: type[SectionT], *, kind: str, example: str, stage: str | None = None
+) -> SectionT:
     """Reads a YAML file into a section of its own.
 
     Args:
         path: YAML file.
         model_class: its contents.
         kind: what to call the file in messages.
-        fix: what a user can do about mistakes in it.
+        example: where to find such a file that is right.
         stage: whose recipe is meant, where the file has those of several, as an export writes it.
 
     Raises:
         UserError: the file cannot be read, or its contents are wrong; all unknown keys and bad values in one error.
     """
-    values, lines, problems = _read_file(path)
+    values, lines, problems = _read_file(path, kind if stage is None else "recipe", example)
     if list(values) == ["stages"] and stage is not None:
         values, lines = _of_stage(path, values["stages"], lines, stage)
     checked: SectionT | None = None
@@ -121,7 +123,7 @@ def load_checked(path: Path, model_class: type[SectionT], *, kind: str, fix: str
         raise UserError(
             f"{path} is not a valid {kind}: {count}",
             found="\n".join(f"- {problem.sentence}" for problem in sorted(problems, key=lambda problem: problem.line)),
-            fix=fix,
+            fix=f"correct these; {example}",
         )
     return checked
 
@@ -170,32 +172,31 @@ def dump_recipe(recipe: Recipe) -> str:
     return write_yaml(recipe.model_dump(mode="json"))
 
 
-def _read_file(path: Path) -> tuple[dict[Any, Any], dict[KeyPath, int], list[Problem]]:
+def _read_file(path: Path, kind: str, example: str) -> tuple[dict[Any, Any], dict[KeyPath, int], list[Problem]]:
     try:
         size = path.stat().st_size
         if path.is_dir() or size > _MAX_RECIPE_BYTES:
             raise UserError(
-                f"{path} is not a recipe",
+                f"{path} is not a {kind}",
                 found="a folder" if path.is_dir() else f"a file of {size:,} bytes",
                 expected=f"a YAML file of at most {_MAX_RECIPE_BYTES:,} bytes",
-                fix="give the path of a recipe, such as recipes/quickstart/midtrain.yaml",
+                fix=f"check the path; {example}",
             )
         return read_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        fix = "check the path; `zconvert recipes copy` gives some to begin with"
-        raise UserError(f"there is no recipe {path}", fix=fix) from None
+        raise UserError(f"there is no {kind} {path}", fix=f"check the path; {example}") from None
     except OSError as error:
         fix = "check the path and its permissions"
-        raise UserError(f"recipe {path} cannot be read", found=error.strerror, fix=fix) from None
+        raise UserError(f"{kind} {path} cannot be read", found=error.strerror, fix=fix) from None
     except UnicodeDecodeError:
         found, fix = "bytes that are not UTF-8", "save it as UTF-8 text"
-        raise UserError(f"{path} is not a recipe", found=found, expected="a YAML file", fix=fix) from None
+        raise UserError(f"{path} is not a {kind}", found=found, expected="a YAML file", fix=fix) from None
     except ValueError as error:
         raise UserError(
-            f"{path} is not a recipe",
+            f"{path} is not a {kind}",
             found=error,
             expected="one YAML mapping of `key: value` lines",
-            fix="correct the line; `zconvert recipes copy` gives recipes to compare with",
+            fix=f"correct the line; {example}",
         ) from None
 
 

@@ -15,18 +15,11 @@ import torch
 from zconvert.checkpoint.folder import own_folder, write_file
 from zconvert.checkpoint.load import end_token_ids, load_model, load_tokenizer
 from zconvert.checkpoint.run_folder import RUN_CHECKPOINT
-from zconvert.checkpoint.source import (
-    Source,
-    fingerprint,
-    naming_the_recipe,
-    require_converted,
-    resolve,
-)
+from zconvert.checkpoint.source import Source, fingerprint, require_converted
 from zconvert.checkpoint.weights import pieces_on_disk, save_gated, save_trained
 from zconvert.data.documents import Documents
 from zconvert.data.loading import first_example, load_documents, load_stream, read_template
 from zconvert.data.packing import PackedRows
-from zconvert.data.reading import require_datasets
 from zconvert.data.self_generated import Writer
 from zconvert.data.streams import DocumentStream
 from zconvert.errors import UserError
@@ -36,6 +29,7 @@ from zconvert.tidar.bigram import Bigrams
 from zconvert.tidar.settings import TidarSettings
 from zconvert.training.context import ContextExtension
 from zconvert.training.implementations import choose_implementations
+from zconvert.training.inputs import base_of, refuse_output, require_data
 from zconvert.training.loop import Interrupted, OnProgress, Progress, Trainer
 from zconvert.training.observers import Observer
 from zconvert.training.parallel import Parallel
@@ -66,7 +60,7 @@ def train(recipe: TrainingRecipe, on_progress: OnProgress, observers: Sequence[O
     """
     parallel = Parallel(recipe.parallel)
     run_dir = Path(recipe.output_dir)
-    _refuse_output(run_dir)
+    refuse_output(run_dir)
     with contextlib.ExitStack() as stack:
         parallel.together(lambda: stack.enter_context(own_folder(run_dir)) if parallel.first else None)
         parallel.together(lambda: check_start(recipe.resume_from_checkpoint, run_dir) if parallel.first else None)
@@ -85,8 +79,8 @@ def _train(
     run_dir = Path(recipe.output_dir)
     final = run_dir / RUN_CHECKPOINT
     trackers = Trackers(recipe)
-    require_datasets([*recipe.datasets, *recipe.evaluation.datasets])  # before hours of what comes ahead of some
-    source = _base_of(recipe)
+    require_data(recipe)  # before hours of what comes ahead of some
+    source = base_of(recipe)
     settings = require_converted(source)
     _check_parallel(recipe, settings, parallel)
     if recipe.num_threads is not None:
@@ -182,13 +176,7 @@ def _train(
 
 def example(recipe: TrainingRecipe) -> tuple[str, list[tuple[str, bool]]]:
     """What a stage would train on first; nothing is written and no weights are loaded. See `first_example`."""
-    return first_example(recipe, load_tokenizer(_base_of(recipe, weights=False)))
-
-
-def _base_of(recipe: TrainingRecipe, *, weights: bool = True) -> Source:
-    """The checkpoint that a recipe starts from."""
-    with naming_the_recipe(recipe.base_model):
-        return resolve(recipe.base_model, revision=recipe.revision, weights=weights)
+    return first_example(recipe, load_tokenizer(base_of(recipe, weights=False)))
 
 
 def _load(
@@ -315,18 +303,4 @@ def _require_gated(source: Source, settings: TidarSettings) -> None:
             found="mode full, in which every weight is trained",
             expected="a gated checkpoint, whose source is frozen",
             fix="quantization: null, or convert the source with --mode gated",
-        )
-
-
-def _refuse_output(run_dir: Path) -> None:
-    """Refuses an output_dir that nothing can or may be added to."""
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(
-            f"output_dir {run_dir} is a file", expected="a folder, new or of this run", fix="choose another name"
-        )
-    final = run_dir / RUN_CHECKPOINT
-    if final.exists():
-        raise UserError(
-            f"{final} exists already: this run is complete",
-            fix="choose another output_dir; to train further, remove that folder and raise max_steps",
         )

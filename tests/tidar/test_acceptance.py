@@ -64,7 +64,10 @@ def test_sampling_is_greedy_and_lossless_unless_told() -> None:
         # 0.5 of the squares: temperature comes first
         (Sampling(temperature=0.5), [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]),
         (Sampling(temperature=0.5, top_p=0.9), [0.25 / 0.34, 0.09 / 0.34, 0, 0]),
-        (Sampling(temperature=1.0, top_k=3, top_p=0.8), [0.625, 0.375, 0, 0]),
+        # The first two are 0.84 of the first three, and 0.8 of all: top-k comes before top-p, and that before min-p.
+        (Sampling(temperature=1.0, top_k=3, top_p=0.83), [0.625, 0.375, 0, 0]),
+        (Sampling(temperature=1.0, top_p=0.83, min_p=0.2), [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
+        (Sampling(temperature=0.5, min_p=0.25), [0.25 / 0.34, 0.09 / 0.34, 0, 0]),
     ],
     ids=str,
 )

@@ -202,6 +202,19 @@ def test_a_repetition_penalty_is_that_of_transformers_at_every_position(penalty:
         assert torch.equal(penalised(logits, seen, penalty)[:, place], stock(texts, logits[:, place]))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1e-3])
+def test_an_accepted_draft_is_penalised_at_the_places_after_it(temperature: float) -> None:
+    # 1 leads by a little, until it stands in the text: then 2 does, until that stands there too.
+    logits = torch.tensor([[1.0, 2.0, 1.9]]).expand(4, -1)
+    for tokens, expected in (([1, 2, 1], (3, 1)), ([1, 1, 1], (1, 2)), ([2, 1, 1], (0, 1))):
+        drafts = Drafts(
+            torch.tensor([tokens]), torch.tensor([3]), torch.nn.functional.one_hot(torch.tensor([tokens]), 3).float()
+        )
+        sampling = Sampling(temperature, repetition_penalty=1.5)
+        accepted, following = verify(logits[None], drafts, sampling, torch.full((1, 4), 0.5), torch.zeros(1, 3).bool())
+        assert (int(accepted), int(following)) == expected
+
+
 def test_the_penalty_reaches_the_target_and_min_p_cuts_by_the_likeliest_token() -> None:
     seen = torch.zeros(1, 6, dtype=torch.bool)
     seen[0, 4] = True

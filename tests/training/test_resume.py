@@ -177,13 +177,6 @@ def test_a_name_without_a_state_is_told_before_anything_is_loaded(tmp_path: Path
         check_start("elsewhere/step-00000007", tmp_path)
 
 
-def test_a_state_that_was_being_replaced_is_put_back(tmp_path: Path) -> None:
-    state = save_state(tmp_path, 1, {"step": 1}, {"weight": torch.ones(1)}, 1, ALONE)
-    state.rename(state.with_name(f".{state.name}.old"))
-    check_start("auto", tmp_path)
-    assert [folder for _, folder in states_in(tmp_path)] == [state]
-
-
 def test_a_state_that_holds_code_is_refused(tmp_path: Path) -> None:
     folder = save_state(tmp_path, 1, {"step": 1}, {"weight": torch.ones(1)}, 1, ALONE)
     torch.save({"step": Path("x")}, folder / "state.pt")

@@ -101,7 +101,7 @@ class Trainer:
         """sums since the last row of metrics"""
 
     def run(self) -> None:
-        """Trains to `max_steps`, from the newest state where the recipe says so.
+        """Trains to `max_steps`, from the newest state if there is one.
 
         Raises:
             Interrupted: SIGINT or SIGTERM came; the state is saved.

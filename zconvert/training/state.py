@@ -128,19 +128,21 @@ def check_start(wanted: str, run_dir: Path) -> None:
     Raises:
         UserError: such a start, or no state in the folder that is named.
     """
-    _put_back(run_dir)
-    if wanted not in ("auto", "never") and not (Path(wanted) / _MANIFEST).is_file():
+    if wanted == "auto":
+        return
+    if wanted != "never" and not (Path(wanted) / _MANIFEST).is_file():
         raise UserError(
             f"resume_from_checkpoint names no train state: {wanted}",
             expected="a folder such as OUTPUT_DIR/train_state/step-00000500",
             fix="name one, or set it to auto",
         )
     states = [folder for _, folder in states_in(run_dir)]
-    within = wanted != "never" and Path(wanted).resolve().parent == (run_dir / TRAIN_STATES).resolve()
-    if states and (wanted == "never" or (within and Path(wanted).resolve() != states[-1].resolve())):
+    named = Path(wanted).resolve()
+    its_own = named.parent == (run_dir / TRAIN_STATES).resolve()
+    if states and (wanted == "never" or (its_own and named != states[-1].resolve())):
         raise UserError(
             f"resume_from_checkpoint is {wanted}, and the run has later train states",
-            found=f"{states[-1]} the newest",
+            found=f"{states[-1]}, the newest",
             fix="set it to auto to go on from there; or choose another output_dir, which keeps both",
         )
 
@@ -169,14 +171,6 @@ def load_latest(run_dir: Path, on_warning: Callable[[str], None], parallel: Para
         except UserError as error:
             on_warning(f"{error.what} ({error.found}); trying the one before")
     return None
-
-
-def _put_back(run_dir: Path) -> None:
-    """What a process that was killed between the two renames of `_finish` was replacing gets its name again."""
-    for old in (run_dir / TRAIN_STATES).glob(".step-*.old"):
-        final = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
-        if not final.exists():
-            old.rename(final)
 
 
 def _make_empty(folder: Path) -> None:

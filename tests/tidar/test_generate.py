@@ -122,7 +122,7 @@ def test_sampling_follows_the_seed_and_makes_no_mask_token(model: Any, prompt: t
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"top_k": 7, "top_p": 0.8}, {"temperature": 0.7, "top_p": 0.9, "min_p": 0.4}, {"repetition_penalty": 1.4}],
+    [{}, {"top_k": 7, "top_p": 0.8}, {"temperature": 0.7, "top_p": 0.9, "min_p": 0.95}, {"repetition_penalty": 1.4}],
     ids=str,
 )
 def test_tokens_are_drawn_from_the_distribution_of_transformers(

@@ -45,10 +45,10 @@ def test_the_ar_loss_is_the_plain_models_loss_on_each_document(name: str) -> Non
     with torch.no_grad():
         sums = packed_losses(pair.layout, batch, mask_token_id=MASK, block_size=BLOCK)
         expected = 0.0
-        for row, start, end, scored_from in ((0, 0, 7, 2), (0, 7, 12, 8), (1, 0, 9, 1)):
-            ids = batch.input_ids[row : row + 1, start:end]
-            losses = F.cross_entropy(pair.plain(ids).logits[0, :-1], ids[0, 1:], reduction="none")
-            expected += losses[max(0, scored_from - start - 1) :].sum().item()
+        for row, columns in DOCUMENTS:
+            ids, scored = batch.input_ids[row, columns], batch.loss_mask[row, columns]
+            losses = F.cross_entropy(causal_logits(pair.plain, ids)[:-1], ids[1:], reduction="none")
+            expected += losses[scored[1:]].sum().item()
     assert sums.ar.item() == pytest.approx(expected, rel=1e-5)
 
 

@@ -10,11 +10,11 @@ import torch
 from tests.contracts.checks import BLOCK
 from tests.contracts.models import MASK, Pair, pair_of, random_ids
 from tests.contracts.training import CYCLE, circular_texts, trained_pair
-from zconvert.tidar import engine
 from zconvert.tidar.acceptance import Sampling
 from zconvert.tidar.cache import GROWTH
 from zconvert.tidar.decoding import DecodePlan, Request, Step
-from zconvert.tidar.engine import decode
+from zconvert.tidar.engine import Engine, decode
+from zconvert.tidar.engine import run as run_engine
 from zconvert.tidar.settings import TidarSettings
 
 NEW_TOKENS = 20
@@ -121,7 +121,7 @@ def test_plain_decoding_through_the_same_loop_is_that_of_transformers(pair: Pair
         assert [step.tokens_in_forward for step in steps] == [length] + [1] * (NEW_TOKENS - 1)
     # Side by side too, where rows are of unequal length.
     requests = [Request(prompts(length)[0], NEW_TOKENS, key=length) for length in PROMPT_LENGTHS]
-    together = engine.run(engine.Engine(pair.layout, plan), requests)
+    together = run_engine(Engine(pair.layout, plan), requests)
     assert {result.request.key: result.tokens for result in together} == expected
 
 

@@ -91,6 +91,14 @@ def test_rows_of_a_left_padded_batch_are_decoded_as_if_alone(model: Any, prompt:
         assert both[1, :4].tolist() == [0] * 4
 
 
+def test_end_tokens_that_a_prompt_begins_with_are_no_padding(stock: Any, model: Any) -> None:
+    prompt = torch.tensor([[7, 7, 3, 9]])
+    options: dict[str, Any] = {"eos_token_id": 7, "pad_token_id": 7, "max_new_tokens": 8}
+    expected = stock.generate(prompt, do_sample=False, **options)
+    assert not torch.equal(expected[:, 4:], stock.generate(prompt[:, 2:], do_sample=False, **options)[:, 2:])
+    assert torch.equal(generate(prompt, model=model, **options), expected)
+
+
 def test_a_row_ends_at_eos_and_is_padded_on_the_right(model: Any, prompt: torch.Tensor) -> None:
     batch = torch.cat([prompt, prompt.flip(1)])
     free = generate(batch, model=model, max_new_tokens=12)

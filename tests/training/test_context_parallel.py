@@ -65,7 +65,7 @@ def test_what_stands_before_a_slot_is_found_whichever_process_has_it(monkeypatch
     monkeypatch.setattr(ContextParallel, "gather", lambda _context, _states: everyone)
     for shard, states in zip(shards, everyone, strict=True):
         found, real = shard.before_slots(states)[..., 0], shard.layout.document_ids[:, shard.num_clean :] >= 0
-        assert torch.equal(found[real].long(), shard.of_slots(slots)[real]), "that of the token before it; none is 0"
+        assert torch.equal(found[real].long(), shard.of_slots(slots)[real]), "the token before place i has number i"
 
 
 def _real_keys(shard: Shard) -> torch.Tensor:

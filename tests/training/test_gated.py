@@ -90,7 +90,6 @@ def test_a_trained_gated_checkpoint_is_its_source_wherever_it_is_not_asked_to_dr
     causal = DecodePlan.autoregressive(tidar.mask_token_id, Sampling(), frozenset())
     text = [token for step in decode(layout, prompt, lossless, 24) for token in step.tokens]
     assert text == [token for step in decode(LayoutModel(plain), prompt, causal, 24) for token in step.tokens]
-    assert torch.equal(loaded(ids, use_cache=False).logits, expected), "and still so once it has drafted"
 
 
 def test_a_gated_run_learns_what_its_source_says_unless_told_otherwise(tmp_path: Path) -> None:

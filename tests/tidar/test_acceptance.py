@@ -186,6 +186,12 @@ def test_a_rejected_token_is_never_drawn_again_at_its_place() -> None:
     assert following[accepted == 1].unique().tolist() == [0]
 
 
+def test_after_drafts_that_are_all_accepted_comes_a_token_of_p_whatever_fills_the_row_up() -> None:
+    p, q = torch.full((1, 3, 2), 0.5), torch.tensor([[[0.5, 0.5], [0.0, 1.0]]])  # the second place is filling
+    accepted, following = accept(p, q, torch.zeros(1, 2).long(), torch.tensor([1]), torch.tensor([[0.0, 0.0, 0.9]]))
+    assert (int(accepted), int(following)) == (1, 1)
+
+
 @pytest.mark.parametrize("penalty", [1.3, 0.8])
 def test_a_repetition_penalty_is_that_of_transformers_at_every_position(penalty: float) -> None:
     texts = torch.tensor([[1, 4, 4, 7], [0, 2, 5, 2]])

@@ -3,7 +3,7 @@
     python docs/generate.py            # the parts of docs/*.md between `<!-- generated: … -->` marks, and the drawings
     python docs/generate.py --check    # exit code 1 where they are not up to date
 
-tests/docs/test_generated.py runs the check.
+tests/docs/test_pages.py runs the check.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,16 @@ import yaml
 from typer.testing import CliRunner
 
 from tests.checkpoint.tiny import make_checkpoint
+from tests.planning.models import GPT_OSS_20B, MIXTRAL, QWEN3_30B, ZAYA_8B, facts
 from tests.small_recipes import made_small
 from zconvert.cli.main import app
 from zconvert.cli.recipes import folders
-from zconvert.recipe import BY_STAGE, load_pipeline, load_recipe
+from zconvert.planning.machines import MACHINES
+from zconvert.planning.plan import plan_stage
+from zconvert.planning.workload import workload_of
+from zconvert.recipe import BY_STAGE, ConvertInitRecipe, TrainingRecipe, load_pipeline, load_recipe
 from zconvert.recipe.pipeline import STAGES
+from zconvert.tidar.settings import GatedParts
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
@@ -26,6 +32,12 @@ FAMILY = {
 }
 FILES = sorted(RECIPES.glob("*/*.yaml"))
 PIPELINES = [path for path in FILES if path.stem.startswith("pipeline")]
+AT_SIZE = {
+    **{"zaya1-8b": ZAYA_8B, "qwen3-30b-a3b": QWEN3_30B, "mixtral-8x7b": MIXTRAL},
+    "gpt-oss-20b": GPT_OSS_20B | {"sliding_window": 128},
+}
+PLANNED = [path for path in FILES if path.parent.name in AT_SIZE and "tokens/s" in path.read_text()]
+PLANNED_GATED = [RECIPES / name / "midtrain-gated.yaml" for name in AT_SIZE if name != "mixtral-8x7b"]
 
 
 def stage_of(path: Path) -> str:
@@ -53,6 +65,29 @@ def test_a_shipped_recipe_names_its_own_command_and_folder(path: Path) -> None:
     command = "run" if stage_of(path) == "pipeline" else stage_of(path)
     assert f"#   zconvert {command} recipes/{path.parent.name}/{path.name}" in path.read_text()
     assert all(len(line) <= 120 for line in path.read_text().splitlines())
+
+
+@pytest.mark.parametrize("path", [*PLANNED, *PLANNED_GATED], ids=named)
+def test_a_shipped_recipe_says_of_memory_and_time_what_the_planner_says(path: Path) -> None:
+    said = " ".join(line[2:] for line in path.read_text().splitlines() if line.startswith("# "))
+    model = facts(FAMILY[path.parent.name], AT_SIZE[path.parent.name])
+    recipe = load_recipe(path, BY_STAGE[stage_of(path)])
+    assert isinstance(recipe, TrainingRecipe)
+    gated, gpus = None, 1
+    if path in PLANNED_GATED:
+        first = load_recipe(path.with_name("convert-init-gated.yaml"), ConvertInitRecipe)
+        gated = GatedParts(**first.diffusion.gated.model_dump())
+    else:
+        gpus = int(re.findall(r"(\d+) GPUs of 80 GB", said)[0])
+    stage = plan_stage(model, workload_of(recipe, 16, gated), MACHINES["h100-80gb"], gpus, None)
+    assert stage.cost is not None
+    if gated is None:
+        assert f"Together {stage.memory.total / 1e9:.0f} of the 74 GB" in said
+        assert f"{round(stage.time.tokens_per_second, -3):,.0f} tokens/s" in said
+    else:
+        assert f"says {stage.memory.total / 1e9:.1f} GB" in said
+        assert f" {model.gated_parameters(gated) / 1e6:.0f} M gated weights" in said
+        assert f"Time by the same plan: {24 * stage.cost.days:.1f} hours for the 98 M tokens" in said
 
 
 @pytest.mark.parametrize("path", PIPELINES, ids=named)

@@ -57,6 +57,16 @@ def test_links_lead_to_files_and_headings_that_are_there(page: Path) -> None:
         assert not heading or heading in anchors(target), f"{page.name} links {link}"
 
 
+def test_the_files_of_python_that_pages_name_are_there() -> None:
+    code = [
+        path for name in ("zconvert", "tests", "benchmarks", "examples", "docs") for path in (ROOT / name).rglob("*.py")
+    ]
+    for page in TEXTS:
+        for name in re.findall(r"[\w/-]+\.py\b", page.read_text()):
+            others = name.startswith(("srt/", "modeling_"))  # SGLang's, transformers'
+            assert others or any(path.as_posix().endswith(f"/{name.lstrip('/')}") for path in code), (page.name, name)
+
+
 def test_the_index_names_every_page() -> None:
     index = (ROOT / "docs" / "README.md").read_text()
     missing = [page.name for page in PAGES if f"({page.name})" not in index and page.name != "README.md"]

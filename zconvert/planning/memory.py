@@ -6,9 +6,10 @@ forward, H hidden width, L layers, V vocabulary, b bytes of a number in the forw
 
 **Full mode.** Every weight has a float32 master, gradient, mean and square: 16 P / N bytes (4 + 4 + about 2 with 8-bit
 Adam, 4 + 4 + 4 with Muon). FSDP gathers them in float32, and where gradients are summed once in several forwards each
-device adds up the whole model's, 4 P. **Gated mode.** The frozen source takes P · bits / 8 (32 as training loads it
-today; 8 and 4 packed), the trained weights 16 bytes each. Its clean half runs first and without gradients: of it stay
-keys and values alone, `R · T / c · KV width · b`, and activations are those of the mask half, `n / 2` tokens.
+device adds up the whole model's, 4 P. **Gated mode.** The frozen source takes what it takes on disk where the forward
+is in bfloat16, else 4 P, or packed P · bits / 8 and its scales; the trained weights 16 bytes each. Its clean half runs
+first and without gradients: of it stay keys and values alone, `R · T / c · KV width · b`, and activations are those of
+the mask half, `n / 2` tokens.
 
 Activations that a layer keeps for its backward pass, bytes a token (measured with saved-tensor hooks on transformers'
 own Llama, Mixtral, Qwen3-MoE and ZAYA; tests/planning/test_memory.py holds the formula against them):

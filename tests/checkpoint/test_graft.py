@@ -237,6 +237,17 @@ def test_each_start_value_is_what_its_name_says(tiny_checkpoint: Checkpoint, tmp
     assert 0.5 * spread < row("random").float().std() < 2 * spread
 
 
+def test_the_mean_that_an_existing_entry_starts_from_is_that_of_the_others(
+    tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source = tiny_checkpoint("mixtral", mask_token=True)
+    settings = convert_init(resolve(source), tmp_path / "out")
+    assert settings.mask_token_source == "existing"
+    others = torch.arange(60) != settings.mask_token_id
+    mean = tensors(source)[EMBEDDING][:60][others].float().mean(0).bfloat16()
+    torch.testing.assert_close(tensors(tmp_path / "out")[EMBEDDING][settings.mask_token_id], mean, rtol=0.01, atol=1e-5)
+
+
 def resolve_id(folder: Path, token: str) -> int:
     return json_of(folder / "tokenizer.json")["model"]["vocab"][token]
 

@@ -114,6 +114,7 @@ def test_every_way_to_end_is_told(plan: str) -> None:
         Request(walk, 9, eos_token_ids=frozenset({whole[4]}), key="eos"),
         Request(walk, 9, stop=lambda tokens: 3 if len(tokens) >= 3 else None, key="stop"),
         Request(walk, 1, key="one"),
+        Request(walk, 5, eos_token_ids=frozenset({whole[4]}), key="eos at the length"),
     ]
     results = {result.request.key: result for result in run(Engine(pair.layout, PLANS[plan]), requests)}
     assert {key: result.finish for key, result in results.items()} == {
@@ -121,12 +122,14 @@ def test_every_way_to_end_is_told(plan: str) -> None:
         "eos": "eos",
         "stop": "stop",
         "one": "length",
+        "eos at the length": "eos",
     }
     assert texts_of(list(results.values())) == {
         "length": whole,
         "eos": whole[: whole.index(whole[4]) + 1],
         "stop": whole[:3],
         "one": whole[:1],
+        "eos at the length": whole[:5],
     }
 
 

@@ -12,8 +12,9 @@ from tests.contracts.models import MASK, Pair, pair_of, random_ids
 from tests.contracts.training import CYCLE, circular_texts, trained_pair
 from zconvert.tidar.acceptance import Sampling
 from zconvert.tidar.cache import GROWTH
-from zconvert.tidar.decoding import DecodePlan, Step
-from zconvert.tidar.engine import decode
+from zconvert.tidar.decoding import DecodePlan, Request, Step
+from zconvert.tidar.engine import Engine, decode
+from zconvert.tidar.engine import run as run_engine
 from zconvert.tidar.settings import TidarSettings
 
 NEW_TOKENS = 20
@@ -21,7 +22,7 @@ PROMPT_LENGTHS = (1, 2, 5, 30)  # the last is past the window
 PROPOSALS = ((1, 2, 3, 4), (1, 3), (4,), (2,), (1,))
 
 
-def generated(pair: Pair, prompt: list[int], new_tokens: int = NEW_TOKENS) -> list[int]:
+def generated(pair: Pair, prompt: list[int], new_tokens: int = NEW_TOKENS, **options: float) -> list[int]:
     """What plain transformers answers."""
     ids = torch.tensor([prompt])
     text = pair.plain.generate(
@@ -31,14 +32,20 @@ def generated(pair: Pair, prompt: list[int], new_tokens: int = NEW_TOKENS) -> li
         max_new_tokens=new_tokens,
         suppress_tokens=[MASK],
         pad_token_id=0,
+        **options,
     )
     return text[0, len(prompt) :].tolist()
 
 
 def run(
-    pair: Pair, prompt: list[int], proposals: tuple[int, ...], size: int = BLOCK, new_tokens: int = NEW_TOKENS
+    pair: Pair,
+    prompt: list[int],
+    proposals: tuple[int, ...],
+    size: int = BLOCK,
+    new_tokens: int = NEW_TOKENS,
+    sampling: Sampling | None = None,
 ) -> list[Step]:
-    plan = DecodePlan.tidar(TidarSettings(size, MASK), Sampling(), frozenset(), proposals=proposals)
+    plan = DecodePlan.tidar(TidarSettings(size, MASK), sampling or Sampling(), frozenset(), proposals=proposals)
     return list(decode(pair.layout, prompt, plan, new_tokens))
 
 
@@ -68,6 +75,17 @@ def test_greedy_text_is_that_of_transformers_on_trained_weights(trained: Pair, l
             assert text_of(run(trained, prompt, proposals)) == expected, proposals
 
 
+@pytest.mark.parametrize("penalty", [1.5, 0.7])
+def test_so_it_is_with_a_repetition_penalty_where_drafts_are_accepted(penalty: float) -> None:
+    trained, accepted = trained_pair("mixtral"), []
+    for prompt in (*prompts(2), *prompts(5)):
+        expected = generated(trained, prompt, repetition_penalty=penalty)
+        steps = run(trained, prompt, PROPOSALS[0], sampling=Sampling(repetition_penalty=penalty))
+        assert text_of(steps) == expected
+        accepted += [step.accepted for step in steps[1:]]
+    assert sum(accepted) / len(accepted) > 1.5
+
+
 def test_trained_weights_accept_and_reject(trained: Pair) -> None:
     accepted = []
     for length in PROMPT_LENGTHS:
@@ -94,11 +112,17 @@ def test_greedy_text_does_not_depend_on_the_block_size(pair: Pair, size: int) ->
 
 def test_plain_decoding_through_the_same_loop_is_that_of_transformers(pair: Pair) -> None:
     plan = DecodePlan.autoregressive(MASK, Sampling(), frozenset())
+    expected = {}
     for length in PROMPT_LENGTHS:
         prompt = prompts(length)[0]
         steps = list(decode(pair.layout, prompt, plan, NEW_TOKENS))
-        assert text_of(steps) == generated(pair, prompt)
+        expected[length] = generated(pair, prompt)
+        assert text_of(steps) == expected[length]
         assert [step.tokens_in_forward for step in steps] == [length] + [1] * (NEW_TOKENS - 1)
+    # Side by side too, where rows are of unequal length.
+    requests = [Request(prompts(length)[0], NEW_TOKENS, key=length) for length in PROMPT_LENGTHS]
+    together = run_engine(Engine(pair.layout, plan), requests)
+    assert {result.request.key: result.tokens for result in together} == expected
 
 
 def test_eager_attention_decodes_the_same_text(trained: Pair) -> None:

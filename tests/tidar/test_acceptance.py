@@ -64,7 +64,10 @@ def test_sampling_is_greedy_and_lossless_unless_told() -> None:
         # 0.5 of the squares: temperature comes first
         (Sampling(temperature=0.5), [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]),
         (Sampling(temperature=0.5, top_p=0.9), [0.25 / 0.34, 0.09 / 0.34, 0, 0]),
-        (Sampling(temperature=1.0, top_k=3, top_p=0.8), [0.625, 0.375, 0, 0]),
+        # The first two are 0.84 of the first three, and 0.8 of all: top-k comes before top-p, and that before min-p.
+        (Sampling(temperature=1.0, top_k=3, top_p=0.83), [0.625, 0.375, 0, 0]),
+        (Sampling(temperature=1.0, top_p=0.83, min_p=0.2), [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
+        (Sampling(temperature=0.5, min_p=0.25), [0.25 / 0.34, 0.09 / 0.34, 0, 0]),
     ],
     ids=str,
 )
@@ -183,6 +186,12 @@ def test_a_rejected_token_is_never_drawn_again_at_its_place() -> None:
     assert following[accepted == 1].unique().tolist() == [0]
 
 
+def test_after_drafts_that_are_all_accepted_comes_a_token_of_p_whatever_fills_the_row_up() -> None:
+    p, q = torch.full((1, 3, 2), 0.5), torch.tensor([[[0.5, 0.5], [0.0, 1.0]]])  # the second place is filling
+    accepted, following = accept(p, q, torch.zeros(1, 2).long(), torch.tensor([1]), torch.tensor([[0.0, 0.0, 0.9]]))
+    assert (int(accepted), int(following)) == (1, 1)
+
+
 @pytest.mark.parametrize("penalty", [1.3, 0.8])
 def test_a_repetition_penalty_is_that_of_transformers_at_every_position(penalty: float) -> None:
     texts = torch.tensor([[1, 4, 4, 7], [0, 2, 5, 2]])
@@ -197,6 +206,19 @@ def test_a_repetition_penalty_is_that_of_transformers_at_every_position(penalty:
     # Without drafts: the text before the first position is all that is known.
     for place in range(4):
         assert torch.equal(penalised(logits, seen, penalty)[:, place], stock(texts, logits[:, place]))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-3])
+def test_an_accepted_draft_is_penalised_at_the_places_after_it(temperature: float) -> None:
+    # 1 leads by a little, until it stands in the text: then 2 does, until that stands there too.
+    logits = torch.tensor([[1.0, 2.0, 1.9]]).expand(4, -1)
+    for tokens, expected in (([1, 2, 1], (3, 1)), ([1, 1, 1], (1, 2)), ([2, 1, 1], (0, 1))):
+        drafts = Drafts(
+            torch.tensor([tokens]), torch.tensor([3]), torch.nn.functional.one_hot(torch.tensor([tokens]), 3).float()
+        )
+        sampling = Sampling(temperature, repetition_penalty=1.5)
+        accepted, following = verify(logits[None], drafts, sampling, torch.full((1, 4), 0.5), torch.zeros(1, 3).bool())
+        assert (int(accepted), int(following)) == expected
 
 
 def test_the_penalty_reaches_the_target_and_min_p_cuts_by_the_likeliest_token() -> None:

@@ -10,8 +10,9 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria
 
 from tests.contracts.models import MASK, make_model
-from zconvert.tidar.acceptance import Sampling
+from zconvert.tidar.acceptance import Sampling, penalised, probabilities
 from zconvert.tidar.generate import generate, layout_model_of, plan_of, token_ids
+from zconvert.tidar.generate_options import merged_config, sampling_of
 from zconvert.tidar.settings import TidarSettings
 
 SETTINGS = TidarSettings(block_size=4, mask_token_id=MASK)
@@ -90,6 +91,14 @@ def test_rows_of_a_left_padded_batch_are_decoded_as_if_alone(model: Any, prompt:
         assert both[1, :4].tolist() == [0] * 4
 
 
+def test_end_tokens_that_a_prompt_begins_with_are_no_padding(stock: Any, model: Any) -> None:
+    prompt = torch.tensor([[7, 7, 3, 9]])
+    options: dict[str, Any] = {"eos_token_id": 7, "pad_token_id": 7, "max_new_tokens": 8}
+    expected = stock.generate(prompt, do_sample=False, **options)
+    assert not torch.equal(expected[:, 4:], stock.generate(prompt[:, 2:], do_sample=False, **options)[:, 2:])
+    assert torch.equal(generate(prompt, model=model, **options), expected)
+
+
 def test_a_row_ends_at_eos_and_is_padded_on_the_right(model: Any, prompt: torch.Tensor) -> None:
     batch = torch.cat([prompt, prompt.flip(1)])
     free = generate(batch, model=model, max_new_tokens=12)
@@ -117,6 +126,24 @@ def test_sampling_follows_the_seed_and_makes_no_mask_token(model: Any, prompt: t
     assert MASK not in sample(3)
     assert sample(1, top_k=1) == sample(2, top_k=1) == generate(prompt, model=model, max_new_tokens=24)[0].tolist()
     assert len(sample(1, sampler="mixed", mix_weight=0.3)) == 33
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"top_k": 7, "top_p": 0.8}, {"temperature": 0.7, "top_p": 0.9, "min_p": 0.95}, {"repetition_penalty": 1.4}],
+    ids=str,
+)
+def test_tokens_are_drawn_from_the_distribution_of_transformers(
+    stock: Any, prompt: torch.Tensor, options: dict[str, Any]
+) -> None:
+    asked = {"do_sample": True, **options}
+    told = {"output_logits": True, "output_scores": True, "return_dict_in_generate": True}
+    expected = stock.generate(prompt, max_new_tokens=1, **asked, **told)
+    sampling = sampling_of(merged_config(stock, None, asked)[0])
+    logits = expected.logits[0].float().index_fill(1, torch.tensor([MASK]), -torch.inf)
+    seen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, prompt, True)
+    found = probabilities(penalised(logits[:, None], seen, sampling.repetition_penalty)[:, 0], sampling)
+    torch.testing.assert_close(found, expected.scores[0].softmax(-1))
 
 
 def test_sampling_without_a_seed_follows_torchs_own(model: Any, prompt: torch.Tensor) -> None:

@@ -55,6 +55,19 @@ def test_the_runs_of_a_shard_are_what_its_queries_see_of_the_gathered_keys(
     assert fills.any() == (fraction < 1)
 
 
+def test_what_stands_before_a_slot_is_found_whichever_process_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    generators = [torch.Generator().manual_seed(row) for row in range(len(DOCUMENTS))]
+    slots = draw_slots(DOCUMENTS, DOCUMENTS != PADDING, 5, 2, 0.4, generators)
+    layout = packed_layout(DOCUMENTS, 5, 2, slots)
+    numbers = torch.arange(1, 1 + LENGTH).expand(len(DOCUMENTS), -1)  # a token's state: its place in the row, from 1
+    shards = [ContextParallel(None, rank, 3).shard(layout) for rank in range(3)]
+    everyone = torch.stack([shard.of_clean(numbers) for shard in shards])[..., None].float()
+    monkeypatch.setattr(ContextParallel, "gather", lambda _context, _states: everyone)
+    for shard, states in zip(shards, everyone, strict=True):
+        found, real = shard.before_slots(states)[..., 0], shard.layout.document_ids[:, shard.num_clean :] >= 0
+        assert torch.equal(found[real].long(), shard.of_slots(slots)[real]), "the token before place i has number i"
+
+
 def _real_keys(shard: Shard) -> torch.Tensor:
     is_real = shard.is_real
     return torch.cat([torch.ones(len(is_real), LENGTH, dtype=torch.bool), is_real[:, shard.num_clean :]], dim=1)

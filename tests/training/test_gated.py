@@ -92,6 +92,13 @@ def test_a_trained_gated_checkpoint_is_its_source_wherever_it_is_not_asked_to_dr
     assert text == [token for step in decode(LayoutModel(plain), prompt, causal, 24) for token in step.tokens]
 
 
+def test_a_gated_run_learns_what_its_source_says_unless_told_otherwise(tmp_path: Path) -> None:
+    train(gated_run(tmp_path, "mixtral", max_steps=1, warmup_steps=0))
+    (row,) = metrics_of(tmp_path / "run")
+    # A divergence from the source's distribution, where the data's cross-entropy is about log 64, and that alone.
+    assert row["loss"] == row["loss_diffusion"] < 1 < row["loss_ar"]
+
+
 def test_a_gated_run_stopped_and_started_again_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     settings = gated_run(tmp_path, max_steps=8)
     whole = train({**settings, "output_dir": str(tmp_path / "whole")})

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Literal
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tests.contracts.models import shared_random_pair
+from tests.contracts.reference import block_logits, causal_logits
 from zconvert.data.packing import Batch
 from zconvert.tidar.layout import PADDING
 from zconvert.training.objective import Targets, packed_losses
@@ -31,17 +35,48 @@ def test_padding_first_tokens_and_unscored_tokens_are_no_targets() -> None:
     assert targets.ar.int().tolist() == [[0, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 0], [1] * 8 + [0] * 4]
 
 
+DOCUMENTS = ((0, slice(0, 7)), (0, slice(7, 12)), (1, slice(0, 9)))
+"""row and columns of each"""
+
+
 @pytest.mark.parametrize("name", ["zaya_sliding", "qwen3_moe"])
 def test_the_ar_loss_is_the_plain_models_loss_on_each_document(name: str) -> None:
     pair, batch = shared_random_pair(name), _batch()
     with torch.no_grad():
         sums = packed_losses(pair.layout, batch, mask_token_id=MASK, block_size=BLOCK)
         expected = 0.0
-        for row, start, end, scored_from in ((0, 0, 7, 2), (0, 7, 12, 8), (1, 0, 9, 1)):
-            ids = batch.input_ids[row : row + 1, start:end]
-            losses = F.cross_entropy(pair.plain(ids).logits[0, :-1], ids[0, 1:], reduction="none")
-            expected += losses[max(0, scored_from - start - 1) :].sum().item()
+        for row, columns in DOCUMENTS:
+            ids, scored = batch.input_ids[row, columns], batch.loss_mask[row, columns]
+            losses = F.cross_entropy(causal_logits(pair.plain, ids)[:-1], ids[1:], reduction="none")
+            expected += losses[scored[1:]].sum().item()
     assert sums.ar.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["zaya_sliding", "qwen3_moe"])
+@pytest.mark.parametrize("objective", ["data", "forward_kl", "total_variation"])
+@torch.no_grad()
+def test_mask_slots_learn_their_own_token_or_what_the_plain_model_says_there_of_their_document_alone(
+    objective: Literal["data", "forward_kl", "total_variation"], name: str
+) -> None:
+    pair, batch = shared_random_pair(name), _batch()
+    sums = packed_losses(pair.layout, batch, mask_token_id=MASK, block_size=BLOCK, offset=1, objective=objective)
+    expected, correct, count = 0.0, torch.zeros(BLOCK), torch.zeros(BLOCK)
+    for row, columns in DOCUMENTS:
+        ids, scored = batch.input_ids[row, columns], batch.loss_mask[row, columns]
+        p = F.one_hot(ids, pair.config.vocab_size).float()
+        if objective != "data":  # AR predicts all tokens but a document's first, which is learnt from the data
+            p[1:] = causal_logits(pair.plain, ids)[:-1].softmax(-1)
+        for start, end in pairwise([0, *range(BLOCK - 1, len(ids), BLOCK), len(ids)]):
+            q = block_logits(pair.plain, ids[:start], end - start).softmax(-1)
+            target, here = p[start:end], scored[start:end]
+            apart = (
+                (q - target).abs() / 2 if objective == "total_variation" else torch.special.xlogy(target, target / q)
+            )
+            expected += apart[here].sum().item()
+            count[: end - start] += here
+            correct[: end - start] += here & (target.argmax(-1) == q.argmax(-1))
+    assert sums.diffusion.item() == pytest.approx(expected, rel=1e-5)
+    assert (sums.slot_correct.tolist(), sums.slot_count.tolist()) == (correct.tolist(), count.tolist())
 
 
 def test_rows_together_give_the_sum_of_the_rows_apart() -> None:
@@ -69,7 +104,7 @@ def test_a_random_phase_is_one_for_each_document() -> None:
         assert len(set(offsets[0][documents[0] == document].tolist())) == 1
     assert int(offsets.min()) >= 0
     assert int(offsets.max()) < 16
-    assert len(set(offsets.flatten().tolist())) > 1
+    assert set(random_offsets(torch.arange(60)[None], 4, row_generators(0, [0])).flatten().tolist()) == {0, 1, 2, 3}
     # A row's phases are its own: whichever rows stand beside it, whichever process has it.
     assert torch.equal(random_offsets(documents[1:], 16, row_generators(0, [1])), offsets[1:])
     assert not torch.equal(random_offsets(documents[1:], 16, row_generators(1, [1])), offsets[1:])

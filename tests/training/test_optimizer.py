@@ -18,7 +18,8 @@ from tests.training.runs import make_run
 from zconvert.errors import UserError
 from zconvert.recipe import MidtrainRecipe
 from zconvert.training import stages
-from zconvert.training.loop import Progress
+from zconvert.training.loop import Progress, Trainer
+from zconvert.training.observers import Observer
 from zconvert.training.optimizer import Muon, make_optimizer, orthogonal, set_learning_rate
 
 
@@ -46,6 +47,23 @@ def test_matrices_are_decayed_and_vectors_are_not() -> None:
         trained = [p for p in model.parameters() if p.requires_grad]
         assert len(decays) == len(trained) == sum(len(group["params"]) for group in optimizer.param_groups)
         assert all(decays[p] == (0.2 if p.ndim >= 2 else 0.0) for p in trained)
+
+
+def test_a_run_steps_by_the_rate_of_its_schedule_along_clipped_gradients(tmp_path: Path) -> None:
+    changes = {"max_steps": 2, "warmup_steps": 2, "learning_rate": 0.01, "weight_decay": 0.0, "max_grad_norm": 0.05}
+    settings = make_run(tmp_path, "qwen3_moe", **changes)
+    start = load_file(tmp_path / "init" / "model.safetensors")["model.embed_tokens.weight"].float()
+    norms, moved = [], []
+
+    class Look(Observer):
+        def on_step(self, trainer: Trainer) -> None:  # type: ignore[override]
+            gradients = [p.grad for p in trainer.trained.parameters() if p.grad is not None]
+            norms.append(float(nn.utils.get_total_norm(gradients)))
+            moved.append(float((trainer.model.get_input_embeddings().weight.detach() - start).abs().max()))
+
+    stages.train(MidtrainRecipe(**settings), lambda _progress: None, observers=[Look()])
+    assert norms == pytest.approx([0.05, 0.05], rel=1e-4)
+    assert moved[0] == pytest.approx(0.01 / 2, rel=1e-3), "the first step of Adam moves a weight by the rate"
 
 
 def test_muon_takes_hidden_matrices_and_experts_and_leaves_the_rest_to_adamw() -> None:

@@ -15,7 +15,7 @@ from tests.contracts.models import MASK, Pair, random_ids, shared_random_pair
 from tests.training.runs import make_run, metrics_of
 from zconvert.recipe import MidtrainRecipe
 from zconvert.tidar.layout import NO_SLOT, PADDING, packed_layout
-from zconvert.training import stages
+from zconvert.training import loop, stages
 from zconvert.training.objective import Targets, packed_losses
 from zconvert.training.slots import draw_slots, row_generators
 
@@ -109,10 +109,15 @@ def test_losses_of_kept_slots_are_those_among_all_slots(name: str, objective: An
     assert sum(found[3]) == int(Targets.of(BATCH, slots).diffusion.sum())
 
 
-def test_a_run_with_half_the_slots_learns_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+def test_a_run_with_half_the_slots_learns_and_resumes_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    monkeypatch.setattr(loop, "row_generators", lambda seed, rows: drawn.extend(rows) or row_generators(seed, rows))
     diffusion = {"block_offset": "random", "diffusion_fraction": 0.5}
     settings = make_run(tmp_path, save_dtype="float32", max_steps=8, save_steps=4, diffusion=diffusion)
     whole = load_file(stages.train(MidtrainRecipe(**settings), lambda _: None) / "model.safetensors")
+    assert drawn == list(range(8 * 2 * 2)), "each row of each forward of each step by a number of its own"
     rows = metrics_of(tmp_path / "run")
     assert rows[-1]["loss_diffusion"] < rows[0]["loss_diffusion"]
     state = next((tmp_path / "run").rglob("*step*4*"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
+import yaml
 
 from tests.planning.models import QWEN3_30B, ZAYA_8B, facts
 from zconvert.errors import UserError
@@ -32,6 +34,17 @@ def test_the_layout_taken_fits_and_none_that_fits_is_faster() -> None:
         if obstacle is None and memory_of(ZAYA, work, layout).total <= H100.usable_bytes:
             speed = step_time(ZAYA, work, layout, H100).tokens_per_second
             assert speed <= stage.time.tokens_per_second * 1.0001
+
+
+def test_a_layout_that_a_recipe_has_to_ask_for_is_told_in_its_words() -> None:
+    stage = plan_stage(ZAYA, Workload(sequence_len=131_072), H100, 8, None)
+    said = re.search(r"\(by parallel: (\{.*\}) in the recipe\)", summary([stage], H100, 8, [])[0])
+    assert said is not None
+    section = ParallelRecipe(**yaml.safe_load(said[1]))
+    assert Layout.of(section, 8) == stage.layout
+    its_own = plan_stage(ZAYA, Workload(sequence_len=131_072, parallel=section), H100, 8, None)
+    assert "(the recipe's)" in summary([its_own], H100, 8, [])[0]
+    assert "(" not in summary([plan_stage(ZAYA, Workload(), H100, 1, None)], H100, 1, [])[0]
 
 
 def test_every_other_layout_is_rejected_with_its_reason() -> None:

@@ -287,7 +287,7 @@ def summary(stages: Sequence[StagePlan], machine: Machine, gpus: int, cells: Seq
         if stage.fits:
             fewer = stage.least_gpus
             also = f" (the least is {fewer})" if fewer is not None and fewer < gpus else ""
-            spread = stage.layout.title + (" (the recipe's)" if stage.work.parallel is not None else "")
+            spread = f"{stage.layout.title}{_in_recipe(stage)}"
             lines.append(f"{name}Fits on {gpus} × {machine.name} with {spread}: {room} a device{also}.")
         else:
             needs = f"{stage.least_gpus} would do" if stage.least_gpus else "no number of them up to 1024 would do"
@@ -303,6 +303,16 @@ def summary(stages: Sequence[StagePlan], machine: Machine, gpus: int, cells: Seq
             lines.append(f"{name}How long training takes is unknown: --calibrate measures it, on this machine.")
     lines.append(_where_it_pays(cells))
     return lines
+
+
+def _in_recipe(stage: StagePlan) -> str:
+    """Where a layout comes from: the recipe, or what it has to say for it; nothing where it need not say anything."""
+    if stage.work.parallel is not None:
+        return " (the recipe's)"
+    layout, stock = stage.layout, Layout(stage.layout.gpus, fsdp=stage.layout.gpus)
+    names = ("fsdp", "context_parallel", "expert_parallel")
+    said = [f"{name}: {getattr(layout, name)}" for name in names if getattr(layout, name) != getattr(stock, name)]
+    return f" (by parallel: {{{', '.join(said)}}} in the recipe)" if said else ""
 
 
 def _where_it_pays(cells: Sequence[Cell]) -> str:

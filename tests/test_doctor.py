@@ -51,7 +51,7 @@ def test_a_good_machine_is_told_with_versions_devices_hub_and_disk_and_exits_0()
     versions = {package["name"]: package["version"] for package in document["packages"]}
     import torch
 
-    assert versions["torch"] == torch.__version__
+    assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0]  # a build may be named in one alone
     assert {"transformers", "safetensors", "datasets"} <= set(versions)
     assert document["machine"]["threads"] == 1  # OMP_NUM_THREADS of the tests
     assert document["hub"]["offline"] is True
